@@ -128,14 +128,14 @@ class Generator:
         return cls(average.module, condition)
 
     @torch.inference_mode()
-    def draw(self, captions: Sequence[str], *, seed: int = 0, steps: int = 30, guidance: float = 3.0) -> Tensor:
+    def draw(self, captions: Sequence[str], *, seed: int = 0, steps: int = 30, guidance_scale: float = 3.0) -> Tensor:
         """Draw pictures of captions.
 
         Args:
             captions: Captions, one per picture.
             seed: Seed of the noise; a caption's noise does not depend on the other captions.
             steps: Number of denoising steps.
-            guidance: Weight of the caption relative to no caption.
+            guidance_scale: Weight of the caption relative to no caption.
 
         Returns:
             ``[B, 3, S, S]`` in [0, 1].
@@ -151,7 +151,7 @@ class Generator:
         for step in scheduler.timesteps:
             velocities = self.unet(torch.cat([pictures, pictures]), step, tokens, encoder_attention_mask=mask).sample
             conditional, unconditional = velocities.chunk(2)
-            velocity = unconditional + guidance * (conditional - unconditional)
+            velocity = unconditional + guidance_scale * (conditional - unconditional)
             pictures = scheduler.step(velocity, step, pictures).prev_sample
         return (F.pixel_shuffle(pictures, _SQUARE) / 2 + 0.5).clamp(0, 1).cpu()
 
