@@ -22,7 +22,7 @@ from finelip_fast.serve.answers import json_bytes
 from finelip_fast.serve.api import thumbnail_address
 from finelip_fast.serve.app import create_app
 from finelip_fast.serve.collection import Found
-from finelip_fast.serve.index_collection import RetrieverCollection
+from finelip_fast.serve.index_collection import IndexCollection
 from finelip_fast.serve.settings import Limits, ServeSettings
 
 from .asgi import encoded, file_of, picture, talk
@@ -296,7 +296,7 @@ def test_a_file_that_is_no_picture_is_told_and_the_others_are_added(checkpoint: 
     values = json.dumps([{"place": name} for name in "abcd"])
     settings = ServeSettings(writable=True, limits=Limits(pixels=50_000))
     with Retriever(checkpoint, index=tmp_path / "index", device="cpu", engine="torch") as retriever:
-        app = create_app(RetrieverCollection(retriever, tmp_path / "uploads"), settings)
+        app = create_app(IndexCollection(retriever, tmp_path / "uploads"), settings)
         with TestClient(app, base_url="http://127.0.0.1:8000") as client:
             answer = client.post("/v1/items", files=files, data={"metadata": values})
             assert answer.status_code == 201

@@ -17,7 +17,7 @@ from playwright.sync_api import Browser, BrowserContext, Locator, Page, Route, e
 from finelip_fast import Retriever
 from finelip_fast.datasets import Scenes
 from finelip_fast.serve.app import create_app
-from finelip_fast.serve.index_collection import RetrieverCollection
+from finelip_fast.serve.index_collection import IndexCollection
 from finelip_fast.serve.settings import ServeSettings
 
 from .asgi import running
@@ -63,7 +63,7 @@ def retriever(pictures: list[Path], tmp_path_factory: pytest.TempPathFactory) ->
 def serving(retriever: Retriever, **settings: Any) -> AbstractContextManager[str]:
     """Serve an index, and return a context manager that yields the address."""
     uploads = Path(settings["uploads"]) if "uploads" in settings else None
-    app = create_app(RetrieverCollection(retriever, uploads), ServeSettings(**settings))
+    app = create_app(IndexCollection(retriever, uploads), ServeSettings(**settings))
     return running(app, timeout_graceful_shutdown=2)
 
 
