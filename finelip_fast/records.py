@@ -46,7 +46,7 @@ class Table:
     def lines(self) -> Iterator[list[str]]:
         """Yield the header, then each row, as strings; nothing if there are no rows."""
         yield from (list(row) for row in self.rows[:1])
-        yield from ([_told(value) for value in row.values()] for row in self.rows)
+        yield from ([_cell(value) for value in row.values()] for row in self.rows)
 
     def __str__(self) -> str:
         lines = [[printable(cell) for cell in line] for line in self.lines()]
@@ -170,7 +170,7 @@ def _named(text: str) -> str:
     return _ABSOLUTE.sub(r"\1", text)
 
 
-def _told(value: Any) -> str:
+def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
 
 

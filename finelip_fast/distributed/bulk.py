@@ -31,7 +31,7 @@ from tqdm import tqdm
 from finelip_fast import errors as _errors
 from finelip_fast._files import read_bytes, write_error
 from finelip_fast.collection import item_id, list_folder, plan, prepare_root, relabel
-from finelip_fast.distributed.cluster import cluster, told
+from finelip_fast.distributed.cluster import cluster, reason_of
 from finelip_fast.engines import Engine, EngineName, open_engine
 from finelip_fast.errors import EngineError, ImageError, InputError, StoreError
 from finelip_fast.index import Index, StoredDtype, Written
@@ -399,7 +399,7 @@ class _Pool:
             except StopIteration:
                 return
             except self._ray.exceptions.RayError as error:
-                raise EngineError(f"the workers cannot continue: {told(error)}") from None
+                raise EngineError(f"the workers cannot continue: {reason_of(error)}") from None
             if "error" in report:
                 kind, text = report["error"]
                 known = getattr(_errors, kind, None)

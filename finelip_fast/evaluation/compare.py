@@ -67,7 +67,7 @@ class Comparison:
             about = [row["run"], name, f"{row['engine']} {row['precision']}", str(row["context_length"]), row["score"]]
             runs.append([*about, *(f"{100 * row[f'{way}_{metric}']:.1f}" for way in WAYS for metric in _NAMES)])
             if row["against"] is not None:
-                cells = [text for way in WAYS for text in _told(row, way)]
+                cells = [text for way in WAYS for text in _cells(row, way)]
                 tests.append(
                     [row["run"], str(row["context_length"]), row["score"], f"context {row['against']}", *cells]
                 )
@@ -142,7 +142,7 @@ def _differs(run: Evaluation, baseline: Evaluation) -> str:
     return "captions, names of pictures or their order differ"
 
 
-def _told(row: dict[str, Any], way: str) -> tuple[str, str]:
+def _cells(row: dict[str, Any], way: str) -> tuple[str, str]:
     low, high = row[f"{way}_interval"]
     p = row[f"{way}_p"]
     return (
