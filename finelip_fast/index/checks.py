@@ -36,7 +36,7 @@ def check_ids(ids: Sequence[str]) -> None:
         new.add(item)
 
 
-def taken(
+def id_conflict(
     present: Iterable[str],
     remedy: str = "pass other ids, or existing='skip' or existing='replace'",
     place: str = "index",

@@ -149,14 +149,14 @@ def test_ids_that_are_none_are_refused(engine: Engine, ids: torch.Tensor) -> Non
 def test_threads_share_an_engine(engine: Engine, pictures: list[Image.Image]) -> None:
     images, texts = engine.embed_images(pictures), engine.embed_texts(TEXTS)
 
-    def one(number: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode_alone(number: int) -> tuple[torch.Tensor, torch.Tensor]:
         index = number % len(pictures)
         return engine.embed_images([pictures[index]])[0] - images[index], engine.embed_texts([TEXTS[index]])[0] - texts[
             index
         ]
 
     with ThreadPoolExecutor(4) as pool:
-        for differences in pool.map(one, range(40)):
+        for differences in pool.map(encode_alone, range(40)):
             assert max(difference.abs().max() for difference in differences) <= CLOSE["atol"]
 
 

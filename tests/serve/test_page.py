@@ -177,7 +177,7 @@ def test_more_comes_on_scrolling_and_by_a_button(page: Page) -> None:
 
 
 def test_filters_that_the_metadata_offer_narrow_the_search(page: Page, retriever: Retriever) -> None:
-    def shown(where: str) -> None:
+    def expect_hits_of(where: str) -> None:
         """Expect exactly the hits that pass the filter."""
         expect(page.locator("#said")).to_have_text(re.compile("best first|No picture"))
         ids = [Path(hit.id).name for hit in retriever.search(TEXT, k=48, where=where)]
@@ -186,24 +186,24 @@ def test_filters_that_the_metadata_offer_narrow_the_search(page: Page, retriever
     search(page, TEXT)
     page.get_by_role("button", name="Refine").click()
     page.get_by_label("O'Hara").check()
-    shown("\"drawn by\" = 'O''Hara'")
+    expect_hits_of("\"drawn by\" = 'O''Hara'")
     page.get_by_label("family from").fill("3")
     page.get_by_label("family to").fill("9")
     page.get_by_label("family to").press("Tab")
-    shown("\"drawn by\" = 'O''Hara' and family between 3 and 9")
+    expect_hits_of("\"drawn by\" = 'O''Hara' and family between 3 and 9")
     page.get_by_label("taken to").fill("2024-01-28")
     page.get_by_label("taken to").press("Tab")
-    shown("\"drawn by\" = 'O''Hara' and family between 3 and 9 and taken < '2024-01-29'")
+    expect_hits_of("\"drawn by\" = 'O''Hara' and family between 3 and 9 and taken < '2024-01-29'")
     expression = page.get_by_label("Filter by an expression")
     expression.fill("weather = 'rain' or weather = 'snow'")
     expression.press("Enter")
     narrow = (
         "\"drawn by\" = 'O''Hara' and family between 3 and 9 and taken < '2024-01-29' and weather in ('rain', 'snow')"
     )
-    shown(narrow)
+    expect_hits_of(narrow)
     expect(page.locator("#refined")).to_have_text("4")
     page.reload()
-    shown(narrow)
+    expect_hits_of(narrow)
     page.get_by_role("button", name="Refine").click()
     expect(page.get_by_label("O'Hara")).to_be_checked()
     expect(page.get_by_label("taken to")).to_have_value("2024-01-28")
