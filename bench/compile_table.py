@@ -364,7 +364,7 @@ def page(record: dict[str, Any]) -> str:
     )
 
 
-def kept(versions: dict[str, str | None]) -> dict[int, list[Row]]:
+def recorded_rows(versions: dict[str, str | None]) -> dict[int, list[Row]]:
     """Return the peers' recorded rows by GPU, if the same versions produced them."""
     rows: dict[int, list[Row]] = {}
     before = json.loads(OUT.read_text(encoding="utf-8")) if OUT.exists() else {}
@@ -380,7 +380,7 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="compile the peers' kernels again, too")
     options = parser.parse_args()
     versions = record.versions("torch", "triton", peers.LATE, peers.FLASH)
-    known = {} if options.again else kept(versions)
+    known = {} if options.again else recorded_rows(versions)
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         arguments = [(capability, capability not in known) for capability in GPUS]
         compiled_rows = dict(zip(GPUS, pool.starmap(rows_of, arguments, chunksize=1), strict=True))

@@ -135,7 +135,7 @@ def recall_table(rows: list[Row]) -> str:
     lines = [
         ["tokens read", "score", *names.values()],
         ["---"] * (2 + len(names)),
-        *([str(row["context"]), row["score"], *(f"{100 * row[name]:.1f}" for name in names)] for row in rows),
+        *([str(row["context_length"]), row["score"], *(f"{100 * row[name]:.1f}" for name in names)] for row in rows),
     ]
     return "".join(f"|{'|'.join(line)}|\n" for line in lines)
 

@@ -32,7 +32,7 @@ CONTENDERS = ("finelip_fast", BASELINE, "torch.compile")
 def entries(batch: int, with_gradient: bool) -> Entries:
     tolerance = GRADIENT_TOLERANCE if with_gradient else TOLERANCE
     work = floor.atrm(batch, TOKENS_IN, WIDTH, HIDDEN, AGGREGATED, DTYPE, backward=with_gradient)
-    runs = {"finelip_fast": ours, BASELINE: plain, "torch.compile": torch.compile(plain)}
+    runs = {"finelip_fast": our_atrm, BASELINE: plain, "torch.compile": torch.compile(plain)}
 
     def contender(operation: Callable[..., Tensor]) -> Contender:
         return Contender(prepared(operation, DTYPE, batch, with_gradient), tolerance, work=work)
@@ -64,7 +64,7 @@ def prepared(
     return run
 
 
-def ours(*arguments: Any) -> Tensor:
+def our_atrm(*arguments: Any) -> Tensor:
     *tensors, lengths, first_rows = arguments
     return atrm(*tensors, lengths=lengths, anchor=first_rows)
 

@@ -136,7 +136,7 @@ def from_tokens_entries() -> Entries:
     n_small = max(1, len(words) // 50)
 
     @torch.no_grad()
-    def ours(dtype: torch.dtype) -> Tensor:
+    def our_scores(dtype: torch.dtype) -> Tensor:
         images, texts = embeddings_from_tokens(dtype)
         return clim_scores(texts, images)
 
@@ -147,8 +147,8 @@ def from_tokens_entries() -> Entries:
         return one_caption_at_a_time(images, words[:n_small], aggregate=aggregate).T
 
     return {
-        OURS_HALF: lambda: Contender(partial(ours, HALF), ROUNDED),
-        OURS_FULL: lambda: Contender(partial(ours, torch.float32), EXACT),
+        OURS_HALF: lambda: Contender(partial(our_scores, HALF), ROUNDED),
+        OURS_FULL: lambda: Contender(partial(our_scores, torch.float32), EXACT),
         LOOP: lambda: Contender(loop, EXACT, n_small / len(words)),
     }
 

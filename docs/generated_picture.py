@@ -24,7 +24,7 @@ def main(folders: list[str]) -> None:
     generators = [Generator.load(folder) for folder in folders]
     rows = {"described": as_pixels(scenes, 64)}
     for generator in generators:
-        rows[f"from {generator.condition.tokens} tokens"] = generator.draw(captions)
+        rows[f"from {generator.condition.context_length} tokens"] = generator.draw(captions)
     figure = Figure(figsize=(1.7 * SCENES, 1.75 * len(rows)), dpi=100, facecolor="white", layout="tight")
     pictures = (picture for row in rows.values() for picture in row)
     for axes, picture in zip(figure.subplots(len(rows), SCENES).flat, pictures, strict=True):

@@ -69,12 +69,12 @@ def on_config(config: Any) -> None:
 
 def on_files(files: Files, config: Any) -> Files:
     """Add the generated pages."""
-    for file in _made(config):
+    for file in _generated_files(config):
         files.append(file)
     return files
 
 
-def _made(config: Any) -> Iterator[File]:
+def _generated_files(config: Any) -> Iterator[File]:
     yield File.generated(config, COMMAND_LINE, content=command_line())
     for page, source in PAGES.items():
         yield File.generated(config, page, content=_from_root((REPOSITORY / source).read_text(encoding="utf-8")))

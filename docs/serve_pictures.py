@@ -25,7 +25,7 @@ from playwright.sync_api import Browser, Page, Route, sync_playwright
 from finelip_fast.datasets import Scenes
 from finelip_fast.retriever import Retriever
 from finelip_fast.serve.app import create_app
-from finelip_fast.serve.index_collection import RetrieverCollection
+from finelip_fast.serve.index_collection import IndexCollection
 from finelip_fast.serve.settings import ServeSettings
 
 DOCS = Path(__file__).parent
@@ -53,7 +53,7 @@ def serving() -> Iterator[str]:
             listener.bind(("127.0.0.1", 0))
             listener.listen()
             port = listener.getsockname()[1]
-            app = create_app(RetrieverCollection(retriever), ServeSettings(port=port))
+            app = create_app(IndexCollection(retriever), ServeSettings(port=port))
             server = uvicorn.Server(uvicorn.Config(app, log_config=None))
             thread = threading.Thread(target=server.run, args=([listener],))
             thread.start()

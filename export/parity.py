@@ -280,7 +280,7 @@ def prove(reference: Reference, encoders: Encoders, precision: str, *, on: str =
     report = Report(precision)
     started = time.perf_counter()
     gate = _Gate(reference, encoders, LIMITS[precision], report)
-    stages = (gate.files, gate.pictures, gate.captions, gate.others, gate.ranking)
+    stages = (gate.files, gate.pictures, gate.captions, gate.extras, gate.ranking)
     try:
         for stage in stages:
             stage()
@@ -358,7 +358,7 @@ class _Gate:
         twice = self._encode(encode, reference.captions[:2].repeat(4, 1))
         self._company("text", shifted, twice)
 
-    def others(self) -> None:
+    def extras(self) -> None:
         reference, config = self.reference, self.reference.model.config
         for name, run in self.encoders.extras.items():
             if name == "image_uint8":

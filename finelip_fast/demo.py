@@ -166,12 +166,12 @@ def _refuse_others(index: Path, pictures: Path, page: Path) -> None:
         raise InputError(f"expected a folder for the demo alone, but it holds {page}; give another one (--out)")
 
 
-def _characters_within(caption: str, context: int) -> int:
-    """Number of characters of a caption that fit into ``context`` tokens, up to the end of a word."""
+def _characters_within(caption: str, context_length: int) -> int:
+    """Number of characters of a caption that fit into ``context_length`` tokens, up to the end of a word."""
     words = caption.split(" ")
     low, high = 0, len(words)
     while low < high:
         middle = (low + high + 1) // 2
-        fits = int(encode_batch([" ".join(words[:middle])], 100_000).lengths[0]) <= context
+        fits = int(encode_batch([" ".join(words[:middle])], 100_000).lengths[0]) <= context_length
         low, high = (middle, high) if fits else (low, middle - 1)
     return len(" ".join(words[:low]))

@@ -23,7 +23,7 @@ from finelip_fast._arguments import listed, one_of, whole_number
 from finelip_fast.collection import Listing, Plan, filter_below, item_id, plan, relabel
 from finelip_fast.errors import ImageError, InputError
 from finelip_fast.index import remedies
-from finelip_fast.index.checks import as_json, check_ids, repeated, taken
+from finelip_fast.index.checks import as_json, check_ids, id_conflict, repeated
 from finelip_fast.index.index import Index
 from finelip_fast.index.store import Existing
 from finelip_fast.picture_files import HASH, describe
@@ -233,7 +233,7 @@ class Ingest:
     def _check_ids(self, ids: Sequence[str]) -> None:
         check_ids(ids)
         if self._existing == "error" and (present := self._index.present(ids)):
-            raise taken(item for item in ids if item in present)
+            raise id_conflict(item for item in ids if item in present)
 
     def _check_lengths(self, total: int, ids: Sequence[Any] | None, metadata: Sequence[Any] | None) -> None:
         for name, values in (("ids", ids), ("metadata", metadata)):

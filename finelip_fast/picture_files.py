@@ -75,7 +75,7 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
 def _camera_notes(exif: Image.Exif, held: Any) -> dict[str, Any]:
     notes, place = exif.get_ifd(ExifTags.IFD.Exif), exif.get_ifd(ExifTags.IFD.GPSInfo)
     fields = {
-        "taken": _taken(notes),
+        "taken": _time_taken(notes),
         "camera": _camera(_text(exif.get(ExifTags.Base.Make)), _text(exif.get(ExifTags.Base.Model))),
         "lens": _text(notes.get(ExifTags.Base.LensModel)),
         "orientation": int(held) if held in range(1, 9) else None,
@@ -92,7 +92,7 @@ def _text(value: Any) -> str:
     return " ".join(value.replace("\0", " ").split()) if isinstance(value, str) else ""
 
 
-def _taken(notes: Mapping[int, Any]) -> str | None:
+def _time_taken(notes: Mapping[int, Any]) -> str | None:
     """Time when the picture was taken, or when the film was scanned."""
     for time, offset in (
         (ExifTags.Base.DateTimeOriginal, ExifTags.Base.OffsetTimeOriginal),

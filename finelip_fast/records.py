@@ -46,7 +46,7 @@ class Table:
     def lines(self) -> Iterator[list[str]]:
         """Yield the header, then each row, as strings; nothing if there are no rows."""
         yield from (list(row) for row in self.rows[:1])
-        yield from ([_told(value) for value in row.values()] for row in self.rows)
+        yield from ([_cell(value) for value in row.values()] for row in self.rows)
 
     def __str__(self) -> str:
         lines = [[printable(cell) for cell in line] for line in self.lines()]
@@ -134,10 +134,17 @@ class Record:
         except OSError as error:
             raise write_error(folder, error) from error
         pictures = _draw_all(self.plots, self.title, folder / self.name)
-        source = {"command": _named(command), **commit(), "machine": _machine(), "versions": installed(*_PACKAGES)}
+        source = {
+            "command": _without_folders(command),
+            **commit(),
+            "machine": _machine(),
+            "versions": installed(*_PACKAGES),
+        }
         source["date"] = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
         data, page = folder / f"{self.name}.json", folder / f"{self.name}.md"
-        settings = {name: _named(value) if isinstance(value, str) else value for name, value in self.settings.items()}
+        settings = {
+            name: _without_folders(value) if isinstance(value, str) else value for name, value in self.settings.items()
+        }
         values = {**source, **self.to_dict(), "settings": settings}
         _write(data, json.dumps(values, indent=2) + "\n")
         _write(page, self._page(source, settings, pictures))
@@ -165,12 +172,12 @@ def _write(path: Path, text: str) -> None:
     write_text_whole(path, text)
 
 
-def _named(text: str) -> str:
+def _without_folders(text: str) -> str:
     """A command or a setting without the folders of this machine."""
     return _ABSOLUTE.sub(r"\1", text)
 
 
-def _told(value: Any) -> str:
+def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
 
 

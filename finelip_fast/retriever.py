@@ -344,7 +344,7 @@ class Retriever(Embedder):
         self,
         table: str | PathLike[str],
         *,
-        folder: str | PathLike[str] | None = None,
+        root: str | PathLike[str] | None = None,
         image_field: str | None = None,
         batch_size: int = 64,
         progress: bool | tqdm[Any] = True,
@@ -353,7 +353,7 @@ class Retriever(Embedder):
 
         Args:
             table: JSON Lines or CSV, see :func:`finelip_fast.picture_tables.read_rows`.
-            folder: Folder that the paths are relative to; None: that of the table.
+            root: Folder that the paths are relative to; None: that of the table.
             image_field: Name of the path column; None: ``image``, ``file``, ``path`` or the like.
             batch_size: Number of pictures embedded at once.
             progress: Whether to show a progress bar, or the tqdm bar to advance.
@@ -366,11 +366,11 @@ class Retriever(Embedder):
             StoreError: The index cannot be written; what was written before stays.
         """
         table = folder_path("table", table)
-        base = table.parent if folder is None else folder_path("folder", folder)
-        root = root_of(self.index, [base])
-        listing = list_table(table, root, base=base, image_field=image_field)
-        prepare_root(self.index, [root])
-        return self._follow(listing, root, False, batch_size, progress)
+        base = table.parent if root is None else folder_path("root", root)
+        index_root = root_of(self.index, [base])
+        listing = list_table(table, index_root, base=base, image_field=image_field)
+        prepare_root(self.index, [index_root])
+        return self._follow(listing, index_root, False, batch_size, progress)
 
     def _follow(
         self, listing: Listing, root: Path, sync: bool, batch_size: int, progress: bool | tqdm[Any]

@@ -285,9 +285,9 @@ def _clim_gradient_cases(device: torch.device) -> Iterator[Case]:
         default = launches.default_settings(**scores._asdict())
         yield _case(scores, default, _clim_candidates(scores, default), partial(_scores_with_winners, scores, device))
         launch = clim_gradient.Launch(capability_of(device), torch.float16, width, tokens)
-        cut = clim_gradient.default_gradient_settings(**launch._asdict())
+        cut = clim_gradient.default_settings(**launch._asdict())
         candidates = (
-            clim_gradient.GradientSettings(sets, block_width, num_warps, num_stages)
+            clim_gradient.ClimGradientSettings(sets, block_width, num_warps, num_stages)
             for sets in (1, 2)
             for block_width in (64, 128, 256)
             for num_warps in (4, 8)

@@ -104,15 +104,15 @@ def test_nothing_to_show_is_refused(options: dict[str, int], tmp_path: Path) -> 
     assert not (tmp_path / "demo").exists()
 
 
-@pytest.mark.parametrize("context", [3, 4, 5, 9, 100])
-def test_what_fits_a_context_ends_with_a_word(context: int) -> None:
+@pytest.mark.parametrize("context_length", [3, 4, 5, 9, 100])
+def test_what_fits_a_context_ends_with_a_word(context_length: int) -> None:
     caption = "A red house, with two floors & a <flat> roof."
-    prefix = caption[: _characters_within(caption, context)]
+    prefix = caption[: _characters_within(caption, context_length)]
     assert caption.startswith(prefix)
     assert prefix == caption or caption[len(prefix)] == " " or prefix == ""
-    assert encode_batch([prefix], 1000).lengths <= context
+    assert encode_batch([prefix], 1000).lengths <= context_length
     longer = " ".join(caption.split(" ")[: len(prefix.split()) + 1])
-    assert prefix == caption or encode_batch([longer], 1000).lengths > context
+    assert prefix == caption or encode_batch([longer], 1000).lengths > context_length
 
 
 def test_a_folder_that_is_no_index_is_left_alone(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""CONTRIBUTING's rules on words that can be checked from the sources: variable names, descriptions of arguments."""
+"""CONTRIBUTING's rules on words that can be checked from the sources: names, descriptions of arguments."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ REPOSITORY = Path(__file__).parent.parent
 FOLDERS = ("finelip_fast", "kernels", "training", "export", "bench", "docs", "examples", "tests")
 PATHS = sorted(path for folder in FOLDERS for path in (REPOSITORY / folder).rglob("*.py"))
 
-# Pronouns, participles used as nouns, and demonstratives: none of them says what the variable holds.
+# Pronouns, participles used as nouns, and demonstratives: none says what a variable holds or what a function returns.
 POINTING = re.compile(
     r"asked|both|done|each|every|few|found|given|gone|good|here|kept|made|many|more|named|now|"
     r"one|other|others|ours|own|read|said|same|seen|shown|some|taken|that|theirs|them|there|"
@@ -35,6 +35,13 @@ def variables(tree: ast.AST) -> Iterator[tuple[str, int]]:
             yield node.arg, node.lineno
 
 
+def functions(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """Yield the names of functions; to read is something that a function does."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name.strip("_") != "read":
+            yield node.name, node.lineno
+
+
 def docstrings(tree: ast.AST) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -42,10 +49,11 @@ def docstrings(tree: ast.AST) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("path", PATHS, ids=[str(path.relative_to(REPOSITORY)) for path in PATHS])
-def test_variables_say_what_they_hold_and_docstrings_are_no_fragments(path: Path) -> None:
+def test_names_say_what_they_stand_for_and_docstrings_are_no_fragments(path: Path) -> None:
     tree = ast.parse(path.read_text())
-    pointing = [f"line {line}: {name}" for name, line in variables(tree) if POINTING.fullmatch(name.strip("_"))]
-    assert not pointing, "name what they hold: " + ", ".join(pointing)
+    names = chain(variables(tree), functions(tree))
+    pointing = [f"line {line}: {name}" for name, line in names if POINTING.fullmatch(name.strip("_"))]
+    assert not pointing, "name what they hold or return: " + ", ".join(pointing)
     lines = [line.strip() for text in docstrings(tree) for line in text.splitlines() if NOT_A_NOUN.match(line)]
     assert not lines, "describe by noun phrases:\n" + "\n".join(lines)
     summaries = [text.partition("\n")[0] for text in docstrings(tree) if FRAGMENT.match(text)]

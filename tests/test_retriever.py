@@ -1099,7 +1099,7 @@ def test_a_path_to_nothing_is_an_error(retriever: Retriever, missing: str | Path
     [
         (lambda retriever: retriever.add_folder(None), "expected folder to be a path, got None"),
         (lambda retriever: retriever.add_table(None), "expected table to be a path, got None"),
-        (lambda retriever: retriever.add_table("a.csv", folder=3), "expected folder to be a path, got 3"),
+        (lambda retriever: retriever.add_table("a.csv", root=3), "expected root to be a path, got 3"),
         (
             lambda retriever: retriever.add_texts({"a": 1}),
             r"got a dict; pass list\(texts\.values\(\)\) with ids=list\(texts\)",

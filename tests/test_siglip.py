@@ -66,7 +66,7 @@ def test_a_server_counts_its_tokens(siglip_checkpoint: Path) -> None:
     short, long = "a red house", "a red house " * 20
     assert _counted(short, CONTEXT, tokenizer) == {
         "tokens": len(tokenizer.tokens(short)) + 1,
-        "context": CONTEXT,
+        "context_length": CONTEXT,
         "cut_at": None,
     }
     cut_at = _counted(long, CONTEXT, tokenizer)["cut_at"]

@@ -23,7 +23,13 @@ if TYPE_CHECKING:
 RECIPES = Path(__file__).parent / "recipes"
 
 # Limits beyond what any machine can handle: processes, threads, pairs per pass, passes per step and tokens.
-_AT_MOST = {"workers": 1024, "threads": 1024, "batch_size": 1 << 20, "accumulate": 1 << 20, "context_length": 1 << 16}
+_AT_MOST = {
+    "workers": 1024,
+    "threads": 1024,
+    "batch_size": 1 << 20,
+    "accumulation_steps": 1 << 20,
+    "context_length": 1 << 16,
+}
 _LARGEST = (1 << 63) - 1
 _MAX_TERMS = 64
 _MAX_TEXT = 4096
@@ -87,7 +93,7 @@ class TrainConfig:
     gamma: float = field(default=0.5, metadata={"help": "weight of the adaptive margins"})
     label_smoothing: float = field(default=0.0, metadata={"help": "label smoothing of the contrastive loss"})
     batch_size: int = field(default=128, metadata={"help": "pairs per process in one pass"})
-    accumulate: int = field(default=1, metadata={"help": "passes per optimizer step"})
+    accumulation_steps: int = field(default=1, metadata={"help": "passes per optimizer step"})
     accumulation: str = field(
         default="cached",
         metadata={
@@ -196,7 +202,7 @@ class TrainConfig:
         _require(bool(self.out), "out, a folder", self.out)
         at_least = {
             "batch_size": 2,
-            "accumulate": 1,
+            "accumulation_steps": 1,
             "steps": 1,
             "context_length": 3,
             "seed": -_LARGEST,
@@ -251,7 +257,7 @@ class TrainConfig:
             _require(self.train.startswith("scenes:") and self.train.count(":") < 3, place, self.train)
         _require(0 <= self.beta <= 1, "beta in [0, 1]", self.beta)
         if self.grounding or self.contextual:
-            cached = self.accumulate > 1 and self.accumulation == "cached"
+            cached = self.accumulation_steps > 1 and self.accumulation == "cached"
             _require(not cached, "accumulation separate with grounding or contextual", self.accumulation)
         if self.train.startswith("webdataset:"):
             _require(self.epoch_batches > 0, "epoch_batches with webdataset", self.epoch_batches)
@@ -303,7 +309,7 @@ class TrainConfig:
 
 
 # Former names of fields, from before one thing had one name: see CONTRIBUTING.
-RENAMED = {"val": "validation", "image_root": "root"}
+RENAMED = {"val": "validation", "image_root": "root", "accumulate": "accumulation_steps"}
 
 
 def recipe_names() -> list[str]:

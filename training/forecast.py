@@ -66,7 +66,7 @@ def step_seconds(model: FineLIP, config: TrainConfig, known: Survey) -> float:
         loss.backward()
         model.zero_grad()
 
-    return _timed(step, model.device) / n_pairs * config.batch_size * config.accumulate
+    return _timed(step, model.device) / n_pairs * config.batch_size * config.accumulation_steps
 
 
 def _ids(model: FineLIP, known: Survey, count: int) -> torch.Tensor:

@@ -56,10 +56,10 @@ class GeneratorConfig:
     """A run; each field is an option of the command."""
 
     out: str = dataclasses.field(metadata={"help": "folder of the run"})
-    tokens: int = _option(256, "tokens of a caption that are read")
-    checkpoint: str = _option("", "checkpoint whose text encoder reads them; none: the bundled one")
+    context_length: int = _option(256, "longest caption in tokens")
+    checkpoint: str = _option("", "checkpoint whose text encoder reads captions; none: the bundled one")
     scenes: int = _option(409_600, "scenes of the training split")
-    size: int = _option(64, "side of the pictures in pixels; the U-Net sees squares of 2 x 2 as one place")
+    image_size: int = _option(64, "side of the pictures in pixels; the U-Net sees squares of 2 x 2 as one place")
     channels: tuple[int, ...] = _option(
         (48, 96, 144), "channels of the U-Net at each halving of the places; all but the first look at the text"
     )
@@ -68,7 +68,7 @@ class GeneratorConfig:
     learning_rate: float = _option(4e-4, "peak learning rate, which falls to zero by a cosine")
     warmup_steps: int = _option(200, "steps of linear warm-up")
     unconditional: float = _option(0.1, "share of the captions that are left out, for guidance")
-    average: float = _option(0.998, "decay of the average of the weights, which is what draws")
+    ema_decay: float = _option(0.998, "decay of the average of the weights, which is what draws")
     save_every: int = _option(100, "steps after which the state is kept")
     seed: int = _option(0, "seed of weights, pictures and noise")
     device: str = _option("auto", "cpu, cuda, or auto for a GPU if there is one")
@@ -79,20 +79,20 @@ class Condition:
 
     Args:
         model: Checkpoint whose text encoder reads the captions, on its device.
-        tokens: Number of tokens read from a caption.
+        context_length: Longest caption in tokens.
     """
 
-    def __init__(self, model: FineLIP, tokens: int) -> None:
-        if not 3 <= tokens <= model.config.context_length:
-            raise ConfigError(f"expected tokens in 3..{model.config.context_length}, got {tokens}")
-        self._model, self.tokens = model.eval(), tokens
+    def __init__(self, model: FineLIP, context_length: int) -> None:
+        if not 3 <= context_length <= model.config.context_length:
+            raise ConfigError(f"expected context_length in 3..{model.config.context_length}, got {context_length}")
+        self._model, self.context_length = model.eval(), context_length
         self.width = model.config.embed_dim
 
     @torch.inference_mode()
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Compute features ``[B, T, D]`` of about unit variance, and a mask of the tokens, bool ``[B, T]``."""
         with expected_truncation():
-            ids = encode_batch(captions, self.tokens, tokenizer=self._model.tokenizer).ids
+            ids = encode_batch(captions, self.context_length, tokenizer=self._model.tokenizer).ids
         features, lengths = self._model.text_tokens(ids.to(self._model.device))
         mask = torch.arange(features.shape[1], device=features.device) < lengths[:, None]
         return F.normalize(features.float(), dim=-1) * self.width**0.5, mask
@@ -119,7 +119,7 @@ class Generator:
         """
         config = read_config(Path(folder))
         chosen = _device(device)
-        condition = Condition(load(config.checkpoint or None).to(chosen), config.tokens)
+        condition = Condition(load(config.checkpoint or None).to(chosen), config.context_length)
         unet = make_unet(config, condition.width).to(chosen)
         average = AveragedModel(unet)
         if not (Path(folder) / "state.pt").exists():
@@ -128,14 +128,14 @@ class Generator:
         return cls(average.module, condition)
 
     @torch.inference_mode()
-    def draw(self, captions: Sequence[str], *, seed: int = 0, steps: int = 30, guidance: float = 3.0) -> Tensor:
+    def draw(self, captions: Sequence[str], *, seed: int = 0, steps: int = 30, guidance_scale: float = 3.0) -> Tensor:
         """Draw pictures of captions.
 
         Args:
             captions: Captions, one per picture.
             seed: Seed of the noise; a caption's noise does not depend on the other captions.
             steps: Number of denoising steps.
-            guidance: Weight of the caption relative to no caption.
+            guidance_scale: Weight of the caption relative to no caption.
 
         Returns:
             ``[B, 3, S, S]`` in [0, 1].
@@ -151,7 +151,7 @@ class Generator:
         for step in scheduler.timesteps:
             velocities = self.unet(torch.cat([pictures, pictures]), step, tokens, encoder_attention_mask=mask).sample
             conditional, unconditional = velocities.chunk(2)
-            velocity = unconditional + guidance * (conditional - unconditional)
+            velocity = unconditional + guidance_scale * (conditional - unconditional)
             pictures = scheduler.step(velocity, step, pictures).prev_sample
         return (F.pixel_shuffle(pictures, _SQUARE) / 2 + 0.5).clamp(0, 1).cpu()
 
@@ -176,12 +176,13 @@ def make_unet(config: GeneratorConfig, width: int) -> Any:
         raise InputError("drawing scenes needs diffusers: pip install 'finelip-fast[diffusion]'") from None
     looking = len(config.channels) - 1
     multiple = _SQUARE << looking
-    if config.size < multiple or config.size % multiple:
+    if config.image_size < multiple or config.image_size % multiple:
         raise ConfigError(
-            f"expected size a multiple of {multiple}, which {looking + 1} channels halve {looking} times, got {config.size}"
+            f"expected image_size a multiple of {multiple}, which {looking + 1} channels halve {looking} times, got "
+            f"{config.image_size}"
         )
     return UNet2DConditionModel(
-        sample_size=config.size // _SQUARE,
+        sample_size=config.image_size // _SQUARE,
         in_channels=3 * _SQUARE**2,
         out_channels=3 * _SQUARE**2,
         layers_per_block=1,
@@ -211,23 +212,23 @@ def train_generator(config: GeneratorConfig, *, progress: bool = True) -> None:
     """
     folder, device = Path(config.out), _device(config.device)
     torch.manual_seed(config.seed)
-    condition = Condition(load(config.checkpoint or None).to(device), config.tokens)
+    condition = Condition(load(config.checkpoint or None).to(device), config.context_length)
     unet = make_unet(config, condition.width).to(device).train()
     from diffusers import DDPMScheduler  # pyright: ignore[reportPrivateImportUsage]
     from diffusers.optimization import get_cosine_schedule_with_warmup
 
-    average = AveragedModel(unet, multi_avg_fn=get_ema_multi_avg_fn(config.average))
+    average = AveragedModel(unet, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
     optimizer = torch.optim.AdamW(unet.parameters(), lr=config.learning_rate, weight_decay=0.01)
     rates = get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, config.steps)
     scheduler: Any = DDPMScheduler(**_SCHEDULE)
-    scenes = Scenes("train", config.scenes, image_size=config.size)
+    scenes = Scenes("train", config.scenes, image_size=config.image_size)
     first = _resume(folder, config, unet, average, optimizer, rates)
     steps = tqdm(range(first, config.steps), initial=first, total=config.steps, unit="step", disable=not progress)
     for step in steps:
         random, generator = Random(f"{config.seed}/{step}"), _generator(config.seed, step)
         batch = [scenes[random.randrange(len(scenes))] for _ in range(config.batch_size)]
         captions = [scene.caption if random.random() >= config.unconditional else "" for scene in batch]
-        pixels = F.pixel_unshuffle(2 * as_pixels(batch, config.size) - 1, _SQUARE).to(device)
+        pixels = F.pixel_unshuffle(2 * as_pixels(batch, config.image_size) - 1, _SQUARE).to(device)
         tokens, mask = (tensor.clone() for tensor in condition(captions))  # copies that are not inference tensors
         noise = torch.randn(pixels.shape, generator=generator).to(device)
         at = torch.randint(_NOISE_STEPS, (len(batch),), generator=generator).to(device)

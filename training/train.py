@@ -138,7 +138,7 @@ class Trainer:
         batches = self._readable_batches()
         started, first = time.monotonic(), self.step
         while self.step < self.config.last_step:
-            values = self._train_step([next(batches) for _ in range(self.config.accumulate)])
+            values = self._train_step([next(batches) for _ in range(self.config.accumulation_steps)])
             self.step += 1
             progress.update()
             finished = self.step == self.config.last_step
@@ -147,7 +147,7 @@ class Trainer:
             if validates or keeps:
                 self._check_weights()
             if log and (finished or self.step % self.config.log_every == 0):
-                pairs = (self.step - first) * self.config.batch_size * self.config.accumulate * self.world
+                pairs = (self.step - first) * self.config.batch_size * self.config.accumulation_steps * self.world
                 values["pairs_per_second"] = pairs / (time.monotonic() - started)
                 log.write(self.step, {name: float(value) for name, value in values.items()})
                 progress.set_postfix(loss=f"{float(values['loss']):.3f}")
@@ -310,7 +310,7 @@ class Trainer:
         if "place" in state:
             data.load_state_dict(state["place"])
         else:  # saved by an earlier version
-            data.skip(self.step * self.config.accumulate, processes=int(state["config"]["processes"]))
+            data.skip(self.step * self.config.accumulation_steps, processes=int(state["config"]["processes"]))
 
     # Small parts -------------------------------------------------------------------------------------------------------
 

@@ -45,18 +45,18 @@ class Hints(NamedTuple):
     Attributes:
         activation: ``"quick_gelu"`` or ``"gelu"``.
         heads: Attention heads of the vision and the text transformer.
-        part: Key of a training script's dictionary under which the weights are stored.
+        key: Key of a training script's dictionary under which the weights are stored.
     """
 
     activation: str | None = None
     heads: tuple[int, int] | None = None
-    part: str | None = None
+    key: str | None = None
 
     @classmethod
-    def checked(cls, activation: Any, heads: Any, part: Any) -> Hints:
+    def checked(cls, activation: Any, heads: Any, key: Any) -> Hints:
         """
         Raises:
-            InputError: An unknown activation, heads that are neither one number nor two, or a part that is not a string.
+            InputError: An unknown activation, heads that are neither one number nor two, or a key that is not a string.
         """
         if activation is not None:
             one_of("activation", activation, ACTIVATIONS)
@@ -66,9 +66,9 @@ class Hints(NamedTuple):
                 raise InputError(f"expected heads to be an integer, or two: vision and text; got {heads!r:.80}")
             counts = [whole_number("heads", number) for number in numbers]
             heads = counts[0], counts[-1]
-        if part is not None and not isinstance(part, str):
-            raise InputError(f"expected part to be the key of a dictionary, got {part!r:.80}")
-        return cls(activation, heads, part)
+        if key is not None and not isinstance(key, str):
+            raise InputError(f"expected key to be a key of a dictionary, got {key!r:.80}")
+        return cls(activation, heads, key)
 
 
 def config_from_weights(translation: Translation, hints: Hints) -> FineLIPConfig:

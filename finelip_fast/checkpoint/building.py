@@ -37,11 +37,11 @@ class Contents(NamedTuple):
 
 
 def translated(
-    entries: Mapping[str, Any], describe: Describe, source: str, context_length: int | None, part: str | None = None
+    entries: Mapping[str, Any], describe: Describe, source: str, context_length: int | None, key: str | None = None
 ) -> tuple[Contents, Translation]:
     """Translate another project's entries into our contents; also return the translation itself."""
     try:
-        translation = translate(entries, part)
+        translation = translate(entries, key)
         calibration = None if translation.has_aggregators else translation.logit_bias
         config = describe(translation).replace(trained_aggregators=translation.has_aggregators, logit_bias=calibration)
         tensors = translation.tensors

@@ -92,7 +92,7 @@ class Translation:
         tensors: Weights under our names, with their float types unchanged; keys that belong to no layout keep their names.
         names: The checkpoint's own name of each weight, by our name.
         averages: Keys of a training script's dictionary that hold averaged weights which were not used.
-        part: Key that held the weights which were used; empty if they were not nested.
+        key: Key that held the weights which were used; empty if they were not nested.
         logit_bias: Bias that SigLIP's loss adds to the scaled cosine; None if there is none.
     """
 
@@ -100,7 +100,7 @@ class Translation:
     tensors: dict[str, Tensor]
     names: dict[str, str]
     averages: tuple[str, ...] = ()
-    part: str = ""
+    key: str = ""
     logit_bias: float | None = None
 
     @property
@@ -113,21 +113,21 @@ class Translation:
         return _ACTIVATIONS.get(self.layout)
 
 
-def translate(entries: Mapping[str, Any], part: str | None = None) -> Translation:
+def translate(entries: Mapping[str, Any], key: str | None = None) -> Translation:
     """Recognise a state dict's layout and translate its weights to our names.
 
     Args:
         entries: A state dict, possibly inside a training script's dictionary and with wrappers' prefixes.
-        part: Key of that dictionary under which the weights are stored. Default: the first of ``state_dict``,
+        key: Key of that dictionary under which the weights are stored. Default: the first of ``state_dict``,
             ``model_state_dict``, ``model`` and ``module`` that is present; a running average only if none is.
 
     Returns:
         The weights and their original layout. The caller must check whether they are complete.
 
     Raises:
-        CheckpointError: No tensors, no such part, two weights with one name, or inconsistent Long-CLIP tables of positions.
+        CheckpointError: No tensors, no such key, two weights with one name, or inconsistent Long-CLIP tables of positions.
     """
-    state_dict, key, averages = _state_dict(entries, part)
+    state_dict, key, averages = _state_dict(entries, key)
     weights = _weights(state_dict)
     layout = _layout(weights, state_dict)
     tensors: dict[str, Tensor] = {}
@@ -195,24 +195,24 @@ def initial_aggregators(config: FineLIPConfig) -> dict[str, Tensor]:
     return start
 
 
-def _state_dict(entries: Mapping[str, Any], part: str | None) -> tuple[Mapping[str, Any], str, tuple[str, ...]]:
+def _state_dict(entries: Mapping[str, Any], key: str | None) -> tuple[Mapping[str, Any], str, tuple[str, ...]]:
     """Find the state dict in a training script's dictionary, its key, and the keys of other averages."""
     if not isinstance(entries, Mapping):
         raise CheckpointError(f"expected a state dict, names to tensors, got a {type(entries).__name__}")
-    nests = [key for key, value in entries.items() if isinstance(value, Mapping)]
-    if part is not None:
-        if part not in nests:
+    nests = [name for name, value in entries.items() if isinstance(value, Mapping)]
+    if key is not None:
+        if key not in nests:
             raise CheckpointError(
-                f"expected the part {part!r:.80} of a training's dictionary, which has {shortened(map(str, nests))}"
+                f"expected the key {key!r:.80} of a training's dictionary, which has {shortened(map(str, nests))}"
             )
-        return entries[part], part, ()
-    outermost, averages = "", [key for key in _AVERAGES if key in nests]
+        return entries[key], key, ()
+    outermost, averages = "", [name for name in _AVERAGES if name in nests]
     for _ in _NESTS:
-        key = next((key for key in (*_NESTS, *_AVERAGES) if isinstance(entries.get(key), Mapping)), None)
-        if key is None:
+        nest = next((name for name in (*_NESTS, *_AVERAGES) if isinstance(entries.get(name), Mapping)), None)
+        if nest is None:
             break
-        outermost, entries = outermost or key, entries[key]
-    return entries, outermost, tuple(key for key in averages if key != outermost)
+        outermost, entries = outermost or nest, entries[nest]
+    return entries, outermost, tuple(name for name in averages if name != outermost)
 
 
 def _weights(entries: Mapping[str, Any]) -> dict[str, Tensor]:

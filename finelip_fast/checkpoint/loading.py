@@ -56,14 +56,14 @@ class Opened(NamedTuple):
         contents: The sizes and the weights, checked against each other.
         layout: Original layout of the weights.
         weights: The weight file, or the index of its shards.
-        part: Key of a training script's dictionary that held the weights; empty if there is no such dictionary.
+        key: Key of a training script's dictionary that held the weights; empty if there is no such dictionary.
         averages: Keys of that dictionary that hold averaged weights, which were not used.
     """
 
     contents: Contents
     layout: str
     weights: Path
-    part: str = ""
+    key: str = ""
     averages: tuple[str, ...] = ()
 
 
@@ -83,8 +83,8 @@ def warn_of_averages(checkpoint: str | os.PathLike[str] | None, opened: Opened, 
     """Warn about averaged weights that were not used."""
     if opened.averages:
         warnings.warn(
-            f"{checkpoint} holds {opened.part} and {shortened(opened.averages)}: {opened.part} is used. For the averaged "
-            f"weights: finelip convert FILE FOLDER --part {opened.averages[0]}, in Python convert(file, folder, part=...)",
+            f"{checkpoint} holds {opened.key} and {shortened(opened.averages)}: {opened.key} is used. For the averaged "
+            f"weights: finelip convert FILE FOLDER --key {opened.averages[0]}, in Python convert(file, folder, key=...)",
             AveragedWeightsWarning,
             stacklevel=stacklevel,
         )
@@ -245,7 +245,7 @@ def _open_file(path: Path, context_length: int | None, hints: Hints) -> Opened:
             f"{path}: expected all weights, but the name is that of a shard; pass their folder, or the index beside it, "
             f"{SHARD.sub('', path.name)}{INDEX}"
         )
-    return _import(path, partial(config_from_weights, hints=hints), str(path), context_length, hints.part)
+    return _import(path, partial(config_from_weights, hints=hints), str(path), context_length, hints.key)
 
 
 def _open_by_open_clip_name(name: str, context_length: int | None) -> Opened:
@@ -378,11 +378,11 @@ def _import(
     describe: Describe,
     source: str,
     context_length: int | None,
-    part: str | None = None,
+    key: str | None = None,
     tokenizer_folder: Callable[[], Path] | None = None,
 ) -> Opened:
-    contents, translation = translated(read_weights(path), describe, source, context_length, part)
+    contents, translation = translated(read_weights(path), describe, source, context_length, key)
     if contents.config.family == "siglip" and tokenizer_folder is not None:
         config, tokenizer = foreign_tokenizer(tokenizer_folder(), contents.config)
         contents = contents._replace(config=config, tokenizer=tokenizer)
-    return Opened(contents, translation.layout, path, translation.part, translation.averages)
+    return Opened(contents, translation.layout, path, translation.key, translation.averages)

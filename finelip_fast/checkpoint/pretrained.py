@@ -230,7 +230,7 @@ def import_state_dict(
     context_length: int | None = None,
     activation: str | None = None,
     heads: int | tuple[int, int] | None = None,
-    part: str | None = None,
+    key: str | None = None,
 ) -> FineLIP:
     """Build a model from another project's state dict.
 
@@ -247,7 +247,7 @@ def import_state_dict(
             activation that the layout implies, for OpenAI's archive, Long-CLIP and FineLIP.
         heads: Attention heads of both transformers, or of the vision and the text transformer. Default: those of published
             CLIPs with these widths.
-        part: Key of a training script's dictionary under which the weights are stored. Default: ``state_dict``,
+        key: Key of a training script's dictionary under which the weights are stored. Default: ``state_dict``,
             ``model_state_dict``, ``model`` or ``module``, and a running average only if none of these is present.
 
     Returns:
@@ -259,7 +259,7 @@ def import_state_dict(
         ConfigError: Heads that do not divide the width, or a ``context_length`` below the table's number of rows.
         InputError: An unknown activation, or an argument of the wrong type.
     """
-    hints = Hints.checked(activation, heads, part)
+    hints = Hints.checked(activation, heads, key)
     describe = partial(config_from_weights, hints=hints)
-    contents, _ = translated(state_dict, describe, "the state dict", context_length, hints.part)
+    contents, _ = translated(state_dict, describe, "the state dict", context_length, hints.key)
     return build(contents, FineLIP)

@@ -105,7 +105,7 @@ def convert(
     dtype: torch.dtype | None = None,
     activation: str | None = None,
     heads: int | tuple[int, int] | None = None,
-    part: str | None = None,
+    key: str | None = None,
     alpha: float | None = None,
 ) -> dict[str, Any]:
     """Write a checkpoint in our format: any that :func:`load` reads, or weights whose missing configuration is given here.
@@ -115,7 +115,7 @@ def convert(
         out: Folder to write.
         context_length: Longest caption in tokens, as in :func:`load`.
         dtype: Precision on disk. Default: float32.
-        activation, heads, part: Properties of weights without a configuration, as in :func:`import_state_dict`.
+        activation, heads, key: Properties of weights without a configuration, as in :func:`import_state_dict`.
         alpha: Weight of the global cosine to store in the checkpoint. Default: the source's.
 
     Returns:
@@ -125,13 +125,13 @@ def convert(
 
     Raises:
         CheckpointError, ConfigError, InputError: Any error of :func:`load`; weights that ``dtype`` cannot hold;
-            ``activation``, ``heads`` or ``part`` although a configuration already defines them; an ``alpha`` outside
+            ``activation``, ``heads`` or ``key`` although a configuration already defines them; an ``alpha`` outside
             [0, 1], or below 1 if the aggregators are untrained.
 
     Warns:
         AveragedWeightsWarning: Under the same conditions as :func:`load`.
     """
-    opened = open_checkpoint(source, context_length, Hints.checked(activation, heads, part))
+    opened = open_checkpoint(source, context_length, Hints.checked(activation, heads, key))
     warn_of_averages(source, opened)
     layout = opened.layout
     config = opened.contents.config

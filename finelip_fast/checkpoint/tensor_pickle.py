@@ -215,30 +215,30 @@ class _Machine:
         elif name == "TUPLE":
             stack.append(tuple(self._marked()))
         elif name in _TUPLES:
-            stack.append(tuple(self._taken(_TUPLES[name])))
+            stack.append(tuple(self._pop(_TUPLES[name])))
         elif name in _CONSTANTS:
             stack.append(_CONSTANTS[name])
         elif name in _EMPTY:
             stack.append(_EMPTY[name]())
         elif name in ("SETITEM", "SETITEMS"):
-            items = self._taken(2) if name == "SETITEM" else self._marked()
+            items = self._pop(2) if name == "SETITEM" else self._marked()
             _with_items(stack[-1], items)
         elif name in ("APPEND", "APPENDS"):
-            items = self._taken(1) if name == "APPEND" else self._marked()
+            items = self._pop(1) if name == "APPEND" else self._marked()
             _checked(stack[-1], list).extend(items)
         elif name == "GLOBAL":
             stack.append(self._global(*argument))
         elif name == "STACK_GLOBAL":
-            stack.append(self._global(*self._taken(2)))
+            stack.append(self._global(*self._pop(2)))
         elif name in ("REDUCE", "NEWOBJ"):
-            function, arguments = self._taken(2)
+            function, arguments = self._pop(2)
             stack.append(self._call(_checked(function, _Global).name, _checked(arguments, tuple)))
         elif name == "BUILD":
             self._build(stack[-2], stack.pop())
         elif name == "BINPERSID":
             stack.append(self._persistent(stack.pop()))
 
-    def _taken(self, count: int) -> list[Any]:
+    def _pop(self, count: int) -> list[Any]:
         values = self.stack[-count:]
         del self.stack[-count:]
         if len(values) < count:

@@ -109,7 +109,7 @@ def add(
         if chosen.pictures:
             report += retriever.add_files(chosen.pictures, **common)
         for table in chosen.tables:
-            report += retriever.add_table(table, folder=root, image_field=image_field, **common)
+            report += retriever.add_table(table, root=root, image_field=image_field, **common)
         if watch:
             retriever.index.compact_recent()
         return report

@@ -24,8 +24,8 @@ from finelip_fast.cli.values import OneOf
 )
 @click.option("--seed", type=int, help="Seed of the noise.  [default: a random one]")
 @click.option("--steps", type=int, help="Denoising steps.  [default: the pipeline's]")
-@click.option("--guidance", type=float, help="Guidance scale.  [default: the pipeline's]")
-@click.option("--negative", metavar="TEXT", help="Negative prompt.")
+@click.option("--guidance-scale", type=float, help="Guidance scale.  [default: the pipeline's]")
+@click.option("--negative-prompt", metavar="TEXT", help="Negative prompt.")
 @click.option(
     "--layer",
     type=OneOf("penultimate", "last"),

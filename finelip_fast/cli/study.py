@@ -150,7 +150,7 @@ def adaptation(out: str, **options: Any) -> Any:
 @click.option("--judge", help="Checkpoint that judges the pictures.  [default: open_clip:ViT-B-32/laion2b_s34b_b79k]")
 @click.option("--root", metavar="FOLDER", help="Folder that relative picture paths start from.")
 @click.option("--steps", type=int, help="Denoising steps.  [default: the pipeline's]")
-@click.option("--guidance", type=float, help="Guidance scale.  [default: the pipeline's]")
+@click.option("--guidance-scale", type=float, help="Guidance scale.  [default: the pipeline's]")
 @click.option("--seed", type=int, default=0, help="Seed of the first picture's noise.")
 @click.option(
     "--layer",
@@ -184,7 +184,7 @@ def generation(out: str, **options: Any) -> Any:
 @click.option("--scenes", type=int, default=400, help="Number of scenes to generate, a multiple of 4.")
 @click.option("--judge", metavar="CHECKPOINT", help="Checkpoint that ranks the pictures.  [default: the bundled one]")
 @click.option("--steps", type=int, default=30, help="Denoising steps.")
-@click.option("--guidance", type=float, default=3.0, help="Guidance scale.")
+@click.option("--guidance-scale", type=float, default=3.0, help="Guidance scale.")
 @click.option("--seed", type=int, default=0, help="Seed of the first batch's noise.")
 @_out_option
 def drawing(out: str, generators: tuple[str, ...], **options: Any) -> Any:

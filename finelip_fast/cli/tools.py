@@ -63,7 +63,7 @@ def _program() -> str:
     return shlex.quote(sys.argv[0]) if Path(sys.argv[0]).stem == "finelip" else "finelip"
 
 
-@click.command(cls=Command, renamed={"--half": "--dtype float16"})
+@click.command(cls=Command, renamed={"--half": "--dtype float16", "--part": "--key"})
 @click.argument("source")
 @click.argument("out", metavar="OUT")
 @click.option("--context-length", type=int, help="Longest caption in tokens.  [default: the checkpoint's, or 256]")
@@ -82,7 +82,7 @@ def _program() -> str:
     metavar="NUMBER",
     help="Attention heads, for weights of an unusual width: of both transformers, or of vision and text.",
 )
-@click.option("--part", metavar="KEY", help="Part of a training checkpoint to use, such as ema_state_dict.")
+@click.option("--key", metavar="KEY", help="Key of a training checkpoint to read weights from, such as ema_state_dict.")
 @click.option("--alpha", type=float, help="Weight of the global score to store in it.  [default: the checkpoint's]")
 def convert(
     source: str,
@@ -91,7 +91,7 @@ def convert(
     dtype: str,
     activation: str | None,
     heads: tuple[int, ...],
-    part: str | None,
+    key: str | None,
     alpha: float | None,
 ) -> Any:
     """Convert a CLIP, SigLIP, Long-CLIP or FineLIP checkpoint to a folder of this package.
@@ -110,7 +110,7 @@ def convert(
         dtype=dtypes[dtype],
         activation=activation,
         heads=heads or None,  # type: ignore[arg-type]  # one or two, or refused
-        part=part,
+        key=key,
         alpha=alpha,
     )
 

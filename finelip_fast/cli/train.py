@@ -108,7 +108,10 @@ def _complete_recipe(*_: Any) -> list[str]:
     return names
 
 
-@click.command(cls=_Train, renamed={"--val": "--validation", "--image-root": "--root"})
+@click.command(
+    cls=_Train,
+    renamed={"--val": "--validation", "--image-root": "--root", "--accumulate": "--accumulation-steps"},
+)
 @click.argument("recipe", required=False, shell_complete=_complete_recipe)
 def train(recipe: str | None, **options: Any) -> Any:
     """Train a checkpoint; run again with the same --out, it resumes.

@@ -72,7 +72,8 @@ class Generation:
     pictures: tuple[DrawnPicture, ...]
 
     def __str__(self) -> str:
-        recipe = ", ".join(f"{name} {self.settings[name]}" for name in ("seed", "steps", "guidance"))
+        names = ("seed", "steps", "guidance_scale")
+        recipe = ", ".join(f"{name.replace('_', ' ')} {self.settings[name]}" for name in names)
         return "\n".join([f"{printable(self.out)}: {recipe}", *(f"  {picture}" for picture in self.pictures)])
 
     def to_dict(self) -> dict[str, Any]:
@@ -88,8 +89,8 @@ def generate(
     out: str,
     seed: int | None = None,
     steps: int | None = None,
-    guidance: float | None = None,
-    negative: str | None = None,
+    guidance_scale: float | None = None,
+    negative_prompt: str | None = None,
     layer: Layer | None = None,
     second: Second = "stretch",
     compare_77: bool = False,
@@ -105,8 +106,8 @@ def generate(
         out: File to write, ``.png``. Its metadata hold the settings of the generation.
         seed: Seed of the noise, the same on all devices; None: a random one.
         steps: Number of denoising steps; None: the pipeline's default.
-        guidance: Weight of the description; None: the pipeline's default.
-        negative: Description of what to avoid.
+        guidance_scale: Weight of the description; None: the pipeline's default.
+        negative_prompt: Description of what to avoid.
         layer: Layer of the text encoders, as in :func:`extend`.
         second: Method of lengthening the second encoder, as in :func:`extend`.
         compare_77: Whether to put the original pipeline's picture of the first 77 tokens, from the same noise, to the left.
@@ -126,8 +127,8 @@ def generate(
     seed = secrets.randbelow(1 << 32) if seed is None else whole_number("seed", seed, least=0, most=(1 << 63) - 1)
     options: dict[str, Any] = {
         "num_inference_steps": None if steps is None else whole_number("steps", steps),
-        "guidance_scale": guidance,
-        "negative_prompt": negative,
+        "guidance_scale": guidance_scale,
+        "negative_prompt": negative_prompt,
     }
     options = {name: value for name, value in options.items() if value is not None}
     check_choices(layer, second)
@@ -149,10 +150,10 @@ def generate(
         pictures.append(draw(network, text, seed, options))
     settings = {
         "prompt": text,
-        **({} if negative is None else {"negative_prompt": negative}),
+        **({} if negative_prompt is None else {"negative_prompt": negative_prompt}),
         "seed": str(seed),
         "steps": str(_default(network, "num_inference_steps") if steps is None else steps),
-        "guidance": str(_default(network, "guidance_scale") if guidance is None else guidance),
+        "guidance_scale": str(_default(network, "guidance_scale") if guidance_scale is None else guidance_scale),
         "checkpoint": checkpoint,
         "pipeline": pipeline,
         "layer": layer or "the pipeline's own",

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from finelip_fast import errors as _errors
 from finelip_fast._files import read_bytes, write_error
 from finelip_fast.collection import item_id, list_folder, plan, prepare_root, relabel
-from finelip_fast.distributed.cluster import cluster, told
+from finelip_fast.distributed.cluster import cluster, reason_of
 from finelip_fast.engines import Engine, EngineName, open_engine
 from finelip_fast.errors import EngineError, ImageError, InputError, StoreError
 from finelip_fast.index import Index, StoredDtype, Written
@@ -65,7 +65,7 @@ def index_images(
     cpus: float = 1,
     gpus: float = 0,
     batch_size: int = 64,
-    part: int = 100_000,
+    chunk_size: int = 100_000,
     dtype: StoredDtype | None = None,
     metadata: Callable[[str], dict[str, Any]] | None = None,
     progress: bool | tqdm[Any] = True,
@@ -89,7 +89,7 @@ def index_images(
         workers: Number of encoding processes, each with its own model.
         cpus, gpus: Resources of the cluster for each worker. With ``gpus=0`` they encode on the CPU; 0.5 lets two share a GPU.
         batch_size: Pictures per batch.
-        part: Number of files that the driver handles at a time. The workers are restarted for each part.
+        chunk_size: Number of files that the driver handles at a time. The workers are restarted for each chunk.
         dtype: Storage type of embeddings in a new index; None: the type of the existing index, or float16.
         metadata: Function that makes an item's dictionary of JSON values from its id; None: none is added.
         progress: Whether to show a progress bar, or a tqdm bar to update.
@@ -102,7 +102,7 @@ def index_images(
         EngineError: Ray is not installed or cannot be reached, the workers die repeatedly, or one opens another checkpoint.
         CheckpointError, StoreError: Same as for :class:`finelip_fast.Retriever`; pictures added before the error stay.
     """
-    for name, value in (("workers", workers), ("batch_size", batch_size), ("part", part)):
+    for name, value in (("workers", workers), ("batch_size", batch_size), ("chunk_size", chunk_size)):
         if value < 1:
             raise InputError(f"expected {name} of at least 1, got {value}")
     report = FolderReport()
@@ -118,7 +118,7 @@ def index_images(
             total = len(pictures) if isinstance(pictures, list) else None
             entries = iter(pictures)
             with progress_bar(progress, total, "image") as bar:
-                while chunk := list(islice(entries, part)):
+                while chunk := list(islice(entries, chunk_size)):
                     new = {picture.id: picture for picture in chunk}
                     for item in target.present(list(new)) - changed:
                         del new[item]
@@ -393,7 +393,7 @@ class _Pool:
             except StopIteration:
                 return
             except self._ray.exceptions.RayError as error:
-                raise EngineError(f"the workers cannot continue: {told(error)}") from None
+                raise EngineError(f"the workers cannot continue: {reason_of(error)}") from None
             if "error" in report:
                 kind, text = report["error"]
                 known = getattr(_errors, kind, None)

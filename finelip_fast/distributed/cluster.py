@@ -116,7 +116,7 @@ def _knock(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=10).close()
 
 
-def told(error: BaseException) -> str:
-    """Give the reason for an error that Ray has wrapped, in one line."""
+def reason_of(error: BaseException) -> str:
+    """Return the reason for an error that Ray has wrapped, in one line."""
     inner = getattr(error, "cause", None) or error
     return str(inner).strip().partition("\n")[0] or type(inner).__name__

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finelip_fast.distributed.cluster import cluster, told
+from finelip_fast.distributed.cluster import cluster, reason_of
 from finelip_fast.errors import InputError, StoreError
 from finelip_fast.index import Index, IndexSpec, stored_index
 from finelip_fast.index.catalogue import Item
@@ -200,7 +200,7 @@ class Shards:
             except self._ray.exceptions.RayError as error:
                 if isinstance(cause := getattr(error, "cause", None), InputError):
                     raise cause from None
-                missing[shard.folder] = told(error)
+                missing[shard.folder] = reason_of(error)
             if shard.folder in missing:
                 with self._lock:
                     shard.wake()
@@ -333,7 +333,7 @@ class _Shard:
                 self.server = self._make()
             self.waking = None
             self.wake()
-            return told(error)
+            return reason_of(error)
         self.waking = None
         if different := self.differs(self.expected):
             self.wake()

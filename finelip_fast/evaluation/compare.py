@@ -25,13 +25,14 @@ class Comparison:
 
     Attributes:
         data: Name of the pairs.
-        rows: One row per run, context and score: ``run``, ``checkpoint``, ``engine``, ``precision``, ``context``, ``score``,
-            ``alpha``, and recall@1, @5, @10 and mrr of each direction, such as ``i2t_recall@1``. ``against`` is the context
-            of the baseline's row that it was tested against; None in the baseline's own rows, and if the baseline lacks the
-            score. ``i2t_difference`` is the difference in recall@1 from the baseline, ``i2t_interval`` its 95 % interval
-            ``(low, high)`` from a paired bootstrap that draws pictures with all their captions, and ``i2t_p`` the probability
-            of so large a difference if both were equally good (McNemar's exact test). ``t2i_p`` is None if pictures have
-            several captions: these are found and missed together, so the test would claim too much; the interval does not.
+        rows: One row per run, context and score: ``run``, ``checkpoint``, ``engine``, ``precision``, ``context_length``,
+            ``score``, ``alpha``, and recall@1, @5, @10 and mrr of each direction, such as ``i2t_recall@1``. ``against`` is the
+            context length of the baseline's row that it was tested against; None in the baseline's own rows, and if the
+            baseline lacks the score. ``i2t_difference`` is the difference in recall@1 from the baseline, ``i2t_interval`` its
+            95 % interval ``(low, high)`` from a paired bootstrap that draws pictures with all their captions, and ``i2t_p``
+            the probability of so large a difference if both were equally good (McNemar's exact test). ``t2i_p`` is None if
+            pictures have several captions: these are found and missed together, so the test would claim too much; the
+            interval does not.
     """
 
     data: str
@@ -63,11 +64,13 @@ class Comparison:
         ]
         for row in self.rows:
             name = Path(row["checkpoint"]).name[-24:] if short else row["checkpoint"]
-            about = [row["run"], name, f"{row['engine']} {row['precision']}", str(row["context"]), row["score"]]
+            about = [row["run"], name, f"{row['engine']} {row['precision']}", str(row["context_length"]), row["score"]]
             runs.append([*about, *(f"{100 * row[f'{way}_{metric}']:.1f}" for way in WAYS for metric in _NAMES)])
             if row["against"] is not None:
-                cells = [text for way in WAYS for text in _told(row, way)]
-                tests.append([row["run"], str(row["context"]), row["score"], f"context {row['against']}", *cells])
+                cells = [text for way in WAYS for text in _cells(row, way)]
+                tests.append(
+                    [row["run"], str(row["context_length"]), row["score"], f"context {row['against']}", *cells]
+                )
         return [runs, tests] if len(tests) > 1 else [runs]
 
 
@@ -100,8 +103,8 @@ def compare(files: Sequence[str | Path]) -> Comparison:
             counterpart = None if run is baseline else _counterpart(baseline.rows, row)
             about = {"run": name, **{key: getattr(run, key) for key in ("checkpoint", "engine", "precision", "alpha")}}
             metrics = {f"{way}_{metric}": row.metrics[f"{way}_{metric}"] for way in WAYS for metric in _NAMES}
-            tests = {"against": counterpart and counterpart.context, **_tests(counterpart, row, run.picture_of)}
-            rows.append(about | {"context": row.context, "score": row.score} | metrics | tests)
+            tests = {"against": counterpart and counterpart.context_length, **_tests(counterpart, row, run.picture_of)}
+            rows.append(about | {"context_length": row.context_length, "score": row.score} | metrics | tests)
     return Comparison(baseline.data, rows)
 
 
@@ -122,8 +125,8 @@ def _tests(baseline: Row | None, row: Row, picture_of: list[int]) -> dict[str, A
 
 
 def _counterpart(rows: list[Row], row: Row) -> Row | None:
-    by_context = {candidate.context: candidate for candidate in rows if candidate.score == row.score}
-    return by_context.get(row.context) or (by_context[max(by_context)] if by_context else None)
+    by_length = {candidate.context_length: candidate for candidate in rows if candidate.score == row.score}
+    return by_length.get(row.context_length) or (by_length[max(by_length)] if by_length else None)
 
 
 def _described(run: Evaluation) -> str:
@@ -139,7 +142,7 @@ def _differs(run: Evaluation, baseline: Evaluation) -> str:
     return "captions, names of pictures or their order differ"
 
 
-def _told(row: dict[str, Any], way: str) -> tuple[str, str]:
+def _cells(row: dict[str, Any], way: str) -> tuple[str, str]:
     low, high = row[f"{way}_interval"]
     p = row[f"{way}_p"]
     return (

@@ -99,14 +99,14 @@ def evaluate(
     started = time.perf_counter()
     images, picture_of = encoder.images(pairs, known), torch.tensor(known.picture_of)
     image_seconds, text_seconds, rows = time.perf_counter() - started, 0.0, []
-    for context in context_lengths:
+    for context_length in context_lengths:
         started = time.perf_counter()
-        texts = encoder.texts(known, context)
+        texts = encoder.texts(known, context_length)
         text_seconds = time.perf_counter() - started
         weights = (1.0, 0.0, alpha) if is_fine else (1.0,)
         measured = tiled_ranks(images, texts, picture_of, weights, device=engine.device, progress=progress)
         for score, ranks in zip(SCORES, measured, strict=is_fine):
-            rows.append(Row.of(context, score, dict(zip(WAYS, ranks, strict=True)), picture_of))
+            rows.append(Row.of(context_length, score, dict(zip(WAYS, ranks, strict=True)), picture_of))
     return Evaluation(
         data=data,
         checkpoint=engine.source or "bundled",
@@ -127,8 +127,8 @@ def evaluate(
     )
 
 
-def _sweep(encoder: _Encoder, pairs: PairDataset, known: Survey, context: int, data: str) -> Sweep:
-    images, texts, picture_of = encoder.images(pairs, known), encoder.texts(known, context), known.picture_of
+def _sweep(encoder: _Encoder, pairs: PairDataset, known: Survey, context_length: int, data: str) -> Sweep:
+    images, texts, picture_of = encoder.images(pairs, known), encoder.texts(known, context_length), known.picture_of
     swept = tiled_ranks(
         images, texts, torch.tensor(picture_of), ALPHAS, device=encoder.engine.device, progress=encoder.progress
     )
@@ -137,7 +137,7 @@ def _sweep(encoder: _Encoder, pairs: PairDataset, known: Survey, context: int, d
         metrics = pair_summary(ranks)
         names = (f"{way}_{name}" for way in WAYS for name in ("recall@1", "mrr"))
         tried.append({"alpha": alpha, **{name: metrics[name] for name in names}})
-    return Sweep(data, known.fingerprint, len(known.captions), context, tried)
+    return Sweep(data, known.fingerprint, len(known.captions), context_length, tried)
 
 
 @dataclass(frozen=True)
@@ -165,18 +165,18 @@ class _Encoder:
         with self._bar(len(known.ids), "image") as bar:
             return embed_in_parts(len(known.ids), embed, self._folder(identity), bar.update)
 
-    def texts(self, known: Survey, context: int) -> StoredRows:
-        """Return the embeddings of the captions, cut at ``context`` tokens."""
+    def texts(self, known: Survey, context_length: int) -> StoredRows:
+        """Return the embeddings of the captions, cut at ``context_length`` tokens."""
 
         def embed(first: int, last: int) -> Tensor:
             with expected_truncation():
                 rows = self.engine.embed_texts(
-                    known.captions[first:last], batch_size=self.batch_size, context_length=context
+                    known.captions[first:last], batch_size=self.batch_size, context_length=context_length
                 )
             bar.update(last - first)
             return rows
 
-        identity = {"captions": hash_of(known.captions), "context": context}
+        identity = {"captions": hash_of(known.captions), "context_length": context_length}
         with self._bar(len(known.captions), "caption") as bar:
             return embed_in_parts(len(known.captions), embed, self._folder(identity), bar.update)
 

@@ -27,7 +27,7 @@ class Row:
     """Measurements in one setting.
 
     Attributes:
-        context: Longest caption in tokens.
+        context_length: Longest caption in tokens.
         score: ``"global"``, ``"fine"`` or ``"combined"``.
         metrics: Metrics of ``i2t`` and of ``t2i``: ``recall@1``, ``@5``, ``@10`` and ``mrr`` in [0, 1], ``mean_rank``,
             ``median_rank``; with names such as ``i2t_recall@1``.
@@ -35,14 +35,14 @@ class Row:
         ranks: Ranks ``i2t`` of the pictures and ``t2i`` of the captions, in the order of the data; 1 is best.
     """
 
-    context: int
+    context_length: int
     score: str
     metrics: dict[str, float]
     intervals: dict[str, tuple[float, float]]
     ranks: dict[str, list[int]]
 
     @classmethod
-    def of(cls, context: int, score: str, ranks: Mapping[str, Tensor], picture_of: Tensor) -> Row:
+    def of(cls, context_length: int, score: str, ranks: Mapping[str, Tensor], picture_of: Tensor) -> Row:
         """Create a row from the ranks of both directions; ``picture_of`` ``[C]`` says which captions share a picture."""
         several = picture_of.unique().numel() < len(picture_of)
         metrics = pair_summary(ranks[way] for way in WAYS)
@@ -55,12 +55,18 @@ class Row:
                 intervals[name] = bootstrap_interval(hits, groups=groups)
             elif metric == "mrr":
                 intervals[name] = bootstrap_interval(ranks[way].double().reciprocal(), groups=groups)
-        return cls(context, score, metrics, intervals, {way: values.tolist() for way, values in ranks.items()})
+        return cls(context_length, score, metrics, intervals, {way: values.tolist() for way, values in ranks.items()})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         ranks = {f"{way}_ranks": values for way, values in self.ranks.items()}
-        return {"context": self.context, "score": self.score, **self.metrics, "intervals": self.intervals, **ranks}
+        return {
+            "context_length": self.context_length,
+            "score": self.score,
+            **self.metrics,
+            "intervals": self.intervals,
+            **ranks,
+        }
 
 
 @dataclass(frozen=True)
@@ -71,14 +77,14 @@ class Sweep:
         data: Name of the validation pairs.
         pairs_fingerprint: Fingerprint of the validation pairs.
         pairs: Number of validation pairs.
-        context: Longest caption in tokens.
+        context_length: Longest caption in tokens.
         tried: Each weight ``alpha`` with recall@1 and mrr of both directions, such as ``i2t_recall@1``.
     """
 
     data: str
     pairs_fingerprint: str
     pairs: int
-    context: int
+    context_length: int
     tried: list[dict[str, float]]
 
     @property
@@ -142,7 +148,7 @@ class Evaluation:
         heads = "".join(f"  {f'{way} R@1 [95 %]':20}{'R@5':>6}{'R@10':>6}{'MRR':>6}{'median':>7}" for way in WAYS)
         lines = [f"{'context':>7}{'score':>10}{heads}"]
         for row in self.rows:
-            line = f"{row.context:7}{row.score:>10}"
+            line = f"{row.context_length:7}{row.score:>10}"
             for way in WAYS:
                 low, high = row.intervals[f"{way}_recall@1"]
                 line += f"  {row.metrics[f'{way}_recall@1']:.3f} [{low:.3f}, {high:.3f}]"
@@ -179,7 +185,7 @@ def read_evaluation(path: str | Path) -> Evaluation:
 def _nested(row: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of a :class:`Row` from the output of :meth:`Row.to_dict`."""
     ranks = {way: row.pop(f"{way}_ranks", None) for way in WAYS}
-    about = {name: row.pop(name, None) for name in ("context", "score", "intervals")}
+    about = {name: row.pop(name) for name in ("context_length", "score", "intervals") if name in row}
     return {**about, "ranks": ranks, "metrics": row}
 
 
@@ -201,10 +207,14 @@ def _check(evaluation: Evaluation) -> None:
         min(evaluation.image_seconds, evaluation.text_seconds) >= 0, "times of at least 0 s", evaluation.image_seconds
     )
     _require(bool(evaluation.rows), "rows", evaluation.rows)
-    kinds = [(row.context, row.score) for row in evaluation.rows]
+    kinds = [(row.context_length, row.score) for row in evaluation.rows]
     _require(len(set(kinds)) == len(kinds), "each context and score once", kinds)
     for row in evaluation.rows:
-        _require(row.context >= 3 and row.score in SCORES, f"a context and one of {SCORES}", (row.context, row.score))
+        _require(
+            row.context_length >= 3 and row.score in SCORES,
+            f"a context and one of {SCORES}",
+            (row.context_length, row.score),
+        )
         for way, count, targets in (
             ("i2t", evaluation.pictures, evaluation.pairs),
             ("t2i", evaluation.pairs, evaluation.pictures),
@@ -227,7 +237,11 @@ def _check(evaluation: Evaluation) -> None:
             _require(0 <= low <= high <= 1, "intervals (low, high) in [0, 1]", (low, high))
     if sweep := evaluation.sweep:
         names = {"alpha", *(f"{way}_{name}" for way in WAYS for name in ("recall@1", "mrr"))}
-        _require(sweep.pairs > 0 and sweep.context >= 3, "a sweep of pairs at a context", (sweep.pairs, sweep.context))
+        _require(
+            sweep.pairs > 0 and sweep.context_length >= 3,
+            "a sweep of pairs at a context",
+            (sweep.pairs, sweep.context_length),
+        )
         _require(bool(sweep.tried), "weights that were tried", sweep.tried)
         for tried in sweep.tried:
             fits = tried.keys() == names and all(0 <= value <= 1 for value in tried.values())

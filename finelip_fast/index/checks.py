@@ -40,7 +40,7 @@ def repeated(item: str) -> InputError:
     return InputError(f"expected unique ids, got {item!r:.150} twice")
 
 
-def taken(
+def id_conflict(
     present: Iterable[str],
     remedy: str = "pass other ids, or existing='skip' or existing='replace'",
     place: str = "index",

@@ -241,7 +241,7 @@ class _Parser:
         self._at = self._depth = self._comparisons = self._values = 0
 
     def parse(self) -> _Condition:
-        condition = self._either(False)
+        condition = self._disjunction(False)
         self._expect("end", "'and', 'or' or the end", "join comparisons with 'and' or 'or', and check the parentheses")
         return condition
 
@@ -263,10 +263,10 @@ class _Parser:
             raise _error(expected, self._next, remedy)
         return token
 
-    def _either(self, inverse: bool) -> _Condition:
-        return self._chain("or", self._both, inverse)
+    def _disjunction(self, inverse: bool) -> _Condition:
+        return self._chain("or", self._conjunction, inverse)
 
-    def _both(self, inverse: bool) -> _Condition:
+    def _conjunction(self, inverse: bool) -> _Condition:
         return self._chain("and", self._single, inverse)
 
     def _chain(self, word: str, below: Callable[[bool], _Condition], inverse: bool) -> _Condition:
@@ -283,7 +283,7 @@ class _Parser:
             self._depth += 1
             if self._depth > _DEEPEST:
                 raise _error(f"parentheses at most {_DEEPEST} deep", opened, "nest fewer of them")
-            condition = self._either(inverse)
+            condition = self._disjunction(inverse)
             self._expect(")", ")", f"close the parenthesis at column {opened.column}")
             self._depth -= 1
             return condition

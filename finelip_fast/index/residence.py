@@ -57,7 +57,7 @@ def resident(name: str, pieces: Sequence[Tensor], copies: Sequence[Copies], devi
                 copies[number][name] = part.copy_(source)
                 sources[number] = part  # its old buffer can be freed
         else:
-            buffer = _whole(parts)
+            buffer = _joined(parts)
         joined.append(buffer)
     return joined
 
@@ -118,7 +118,7 @@ def _adjacent(before: Tensor, after: Tensor) -> bool:
     return in_one_buffer and bool(before.storage_offset() + before.numel() == after.storage_offset())
 
 
-def _whole(parts: Sequence[Tensor]) -> Tensor:
+def _joined(parts: Sequence[Tensor]) -> Tensor:
     """Adjacent parts of a buffer as one tensor."""
     first = parts[0]
     return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride(), first.storage_offset())

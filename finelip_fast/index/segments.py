@@ -83,7 +83,7 @@ class Segment:
         """Embeddings ``[m, L, D]`` of the given rows, float16 or float32."""
         if "tokens" in self.arrays:
             return self.arrays["tokens"][rows]
-        return dequantize(*(values[rows] for values in self._kept("values", "scales", "anchors")))
+        return dequantize(*(values[rows] for values in self._named_arrays("values", "scales", "anchors")))
 
     @property
     def anchors(self) -> Tensor:
@@ -101,7 +101,7 @@ class Segment:
         """The arrays that make up the embeddings; the others are derived from them."""
         return {name: self.arrays[name] for name in STORED if name in self.arrays}
 
-    def _kept(self, *names: str) -> list[Tensor]:
+    def _named_arrays(self, *names: str) -> list[Tensor]:
         return [self.arrays[name] for name in names]
 
     @property
@@ -239,7 +239,7 @@ class Segment:
     def quantized(self, cache: Path | None) -> QuantizedItems:
         """Arrays that an int8 search needs; for float16 kept in the folder ``cache``, made if missing or damaged."""
         if self._int8 is None:
-            return QuantizedItems(*self._kept(*QuantizedItems._fields))
+            return QuantizedItems(*self._named_arrays(*QuantizedItems._fields))
         tokens = self.arrays["tokens"]
         if cache is None:
             return quantize_items(tokens)

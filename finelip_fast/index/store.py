@@ -36,7 +36,7 @@ from finelip_fast.errors import FineLIPError, InputError, StoreError
 from finelip_fast.index import remedies
 from finelip_fast.index.arrays import UnavailableError
 from finelip_fast.index.catalogue import Catalogue, Layout, SegmentRow
-from finelip_fast.index.checks import as_json, check_embeddings, check_ids, missing, taken
+from finelip_fast.index.checks import as_json, check_embeddings, check_ids, id_conflict, missing
 from finelip_fast.index.database import closed
 from finelip_fast.index.forks import between_forks, survive_forks
 from finelip_fast.index.lists import remove_segment
@@ -239,10 +239,10 @@ class Store:
         if not ids:
             return []
         arrays = encode(embeddings, self.spec.dtype)
-        with self._written() as names, self.catalogue.changing():
+        with self._new_segments() as names, self.catalogue.changing():
             present = self.catalogue.find(ids)
             if present and existing == "error":
-                raise taken(present)
+                raise id_conflict(present)
             if present and existing == "skip":
                 new = [at for at, item in enumerate(ids) if item not in present]
                 ids, texts = [ids[at] for at in new], [texts[at] for at in new]
@@ -277,10 +277,10 @@ class Store:
         check_ids(ids)
         texts = [[as_json(*pair) for pair in zip(segment.metadata, segment.ids, strict=True)] for segment in segments]
         shape = (self.spec.tokens, self.spec.width)
-        with self._written() as names, self.catalogue.changing():
+        with self._new_segments() as names, self.catalogue.changing():
             present = self.catalogue.find(ids)
             if present and existing == "error":
-                raise taken(present)
+                raise id_conflict(present)
             self.catalogue.remove(present.values())
             for segment, metadata in zip(segments, texts, strict=True):
                 try:
@@ -301,7 +301,7 @@ class Store:
         self.reload()
 
     @contextmanager
-    def _written(self) -> Iterator[list[str]]:
+    def _new_segments(self) -> Iterator[list[str]]:
         """Collect names of new segments, and remove their files if the change fails."""
         names: list[str] = []
         try:
@@ -335,10 +335,10 @@ class Store:
         self.refuse_if_fixed()
         if not ids:
             return
-        with self._written() as names, self.catalogue.changing():
+        with self._new_segments() as names, self.catalogue.changing():
             positions = self._positions(ids)
             if occupied := self.catalogue.find(new_ids).keys() - set(ids):
-                raise taken(occupied, "pass other new_ids")
+                raise id_conflict(occupied, "pass other new_ids")
             view = self.load()
             items = self.catalogue.at(positions, view.version) or {}
             view.refuse_damaged(items.values())  # a new checksum would hide the damage

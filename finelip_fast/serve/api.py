@@ -238,17 +238,17 @@ async def tokens(request: Request) -> Response:
     return answer(await server.pipeline.run(counted, deadline=deadline(request)))
 
 
-def _counted(text: str, context: int, tokenizer: Tokenizer) -> dict[str, int | None]:
+def _counted(text: str, context_length: int, tokenizer: Tokenizer) -> dict[str, int | None]:
     with expected_truncation():
-        batch = encode_batch([text], context, tokenizer=tokenizer)
+        batch = encode_batch([text], context_length, tokenizer=tokenizer)
     cut = int(batch.tokens_cut[0])
     cut_at = None
     if cut:
         spans = [match.span() for match in _WORD.finditer(text)]
         placed_spans = zip(spans, token_spans(text, spans, tokenizer), strict=True)
         # The last position of the context belongs to the end token.
-        cut_at = next((start for (start, _), (_, last) in placed_spans if last >= context), len(text))
-    return {"tokens": int(batch.lengths[0]) + cut, "context": context, "cut_at": cut_at}
+        cut_at = next((start for (start, _), (_, last) in placed_spans if last >= context_length), len(text))
+    return {"tokens": int(batch.lengths[0]) + cut, "context_length": context_length, "cut_at": cut_at}
 
 
 # The server ----------------------------------------------------------------------------------------------------------
@@ -268,7 +268,7 @@ async def info(request: Request) -> Response:
             "version": installed("finelip-fast").get("finelip-fast", ""),
             "model": model_name(engine.source),
             "engine": str(engine),
-            "context": engine.config.context_length,
+            "context_length": engine.config.context_length,
             "alpha": collection.alpha,
             "aggregated": engine.config.trained_aggregators,
             "items": len(collection),

@@ -35,7 +35,7 @@ _logger = logging.getLogger(__name__)
 _AT_ONCE = 32  # uploads embedded and committed together
 
 
-class RetrieverCollection:
+class IndexCollection:
     """The items of a retriever's index.
 
     Changes that other processes make to the index folder are visible to the next call.

@@ -59,7 +59,7 @@ class Opening:
                 :class:`finelip_fast.distributed.Shards`.
         """
         from finelip_fast.known_checkpoints import checkpoint_of
-        from finelip_fast.serve.index_collection import RetrieverCollection
+        from finelip_fast.serve.index_collection import IndexCollection
 
         checkpoint = self.checkpoint or checkpoint_of(self.index or self.shards[0]) or None
         if self.index is not None:
@@ -74,7 +74,7 @@ class Opening:
                 alpha=self.alpha,
             )
             try:
-                return RetrieverCollection(retriever, None if self.uploads is None else Path(self.uploads))
+                return IndexCollection(retriever, None if self.uploads is None else Path(self.uploads))
             except BaseException:
                 retriever.close()
                 raise

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from multiprocessing import connection, get_context, parent_process
 from types import FrameType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import h11
 import uvicorn
@@ -34,6 +34,9 @@ from finelip_fast.serve.batching import Workers
 from finelip_fast.serve.guards import MAX_HEADERS, check_exposure, headers_too_large
 from finelip_fast.serve.settings import ServeSettings
 
+if TYPE_CHECKING:
+    from finelip_fast.serve.opening import Opening
+
 STOP_SECONDS = 10.0
 
 _MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"
@@ -42,13 +45,6 @@ _HEADER_SECONDS = 20.0  # within which a connection must have sent a request, ap
 _RESTART_SECONDS = (0.5, 30.0)  # between a worker's death and its successor's start: first and longest pause
 
 _log = logging.getLogger("finelip_fast.serve")
-
-
-class Opening(Protocol):
-    """Description of what each process of a server opens; pickled if there are several processes."""
-
-    def open(self) -> Any:
-        """Load the model and open a :class:`finelip_fast.serve.collection.Collection`, which the caller must close."""
 
 
 def print_address(address: str) -> None:

@@ -135,7 +135,7 @@ class TokensResponse(BaseModel):
     """How much of a text the model reads."""
 
     tokens: int
-    context: int
+    context_length: int
     cut_at: int | None = Field(description="Place in the text, in code points, where the context ends; null: it fits.")
 
 
@@ -234,7 +234,7 @@ class InfoResponse(BaseModel):
     version: str
     model: str
     engine: str
-    context: int = Field(description="Tokens that the model reads.")
+    context_length: int = Field(description="Tokens that the model reads.")
     alpha: float
     aggregated: bool = Field(description="Whether tokens are compared with each other; false: global scores alone.")
     items: int

@@ -59,9 +59,9 @@ class ShardCollection:
         return len(self._shards)
 
     def version(self) -> int:
-        return sum(index.version for index in self._here().values())
+        return sum(index.version for index in self._local_indexes().values())
 
-    def _here(self) -> dict[str, Index]:
+    def _local_indexes(self) -> dict[str, Index]:
         """Return the indexes of the shards whose folders are on this machine, by folder, in the order of the shards."""
         with self._opening:
             for folder in self._shards.folders:
@@ -81,7 +81,7 @@ class ShardCollection:
     ) -> Found:
         alpha = self.alpha if alpha is None else self.engine.config.choose_alpha(share("alpha", alpha))
         result = self._shards.search(queries, whole_number("k", k), alpha=alpha, mode=mode, where=where)
-        roots = {folder: index.root for folder, index in self._here().items()}
+        roots = {folder: index.root for folder, index in self._local_indexes().items()}
 
         def hit(query: int, rank: int, item: ShardItem) -> Hit:
             bare = Hit(
@@ -111,7 +111,7 @@ class ShardCollection:
         Raises:
             StoreError: A folder is not on this machine, or cannot be read.
         """
-        indexes = self._here()
+        indexes = self._local_indexes()
         for folder in self._shards.folders:
             if folder not in indexes:
                 raise StoreError(
@@ -140,10 +140,10 @@ class ShardCollection:
                 return items, f"{at}:{end or ''}"
 
     def fields(self) -> list[Field]:
-        return joined_fields([index.fields() for index in self._here().values()])
+        return joined_fields([index.fields() for index in self._local_indexes().values()])
 
     def picture(self, id: str) -> Path | None:
-        for index in self._here().values():
+        for index in self._local_indexes().values():
             for item in index.get([id]).values():
                 if (path := local_file(item.id, item.metadata, index.root)) is not None:
                     return path

@@ -36,7 +36,7 @@ class DrawingSetting:
         generators: Folders of runs of :mod:`finelip_fast.training.generator`.
         scenes: Number of scenes of the test split whose captions are drawn; whole families.
         judge: Checkpoint that ranks the pictures for the captions; None: the bundled one.
-        steps, guidance, seed: Arguments of :meth:`finelip_fast.training.generator.Generator.draw`.
+        steps, guidance_scale, seed: Arguments of :meth:`finelip_fast.training.generator.Generator.draw`.
         progress: Whether to show a progress bar.
     """
 
@@ -44,7 +44,7 @@ class DrawingSetting:
     scenes: int = 400
     judge: str | None = None
     steps: int = 30
-    guidance: float = 3.0
+    guidance_scale: float = 3.0
     seed: int = 0
     progress: bool = True
 
@@ -79,7 +79,12 @@ def drawing(setting: DrawingSetting) -> Record:
     for size in sorted({pictures.shape[-1] for pictures in drawn.values()}):
         drawn[f"the renderer, at {size} pixels"] = as_pixels(scenes, size)
     rows = [{"drawn by": name, **_measures(pictures, scenes, details, judge)} for name, pictures in drawn.items()]
-    about = {"scenes": setting.scenes, "steps": setting.steps, "guidance": setting.guidance, "seed": setting.seed}
+    about = {
+        "scenes": setting.scenes,
+        "steps": setting.steps,
+        "guidance_scale": setting.guidance_scale,
+        "seed": setting.seed,
+    }
     shares = [f"{row[_LATER]:.1f} % by {row['drawn by']}" for row in rows]
     ranked = [f"{row[_RECALL]:.1f} % by {row['drawn by']}" for row in rows]
     finding = (
@@ -119,7 +124,9 @@ def _drawn(generator: Generator, scenes: Sequence[Scene], setting: DrawingSettin
     for number, batch in enumerate(tqdm(batches, unit="batch", disable=not setting.progress)):
         captions = [scene.caption for scene in batch]
         pictures.append(
-            generator.draw(captions, seed=setting.seed + number, steps=setting.steps, guidance=setting.guidance)
+            generator.draw(
+                captions, seed=setting.seed + number, steps=setting.steps, guidance_scale=setting.guidance_scale
+            )
         )
     return torch.cat(pictures)
 

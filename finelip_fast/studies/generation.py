@@ -47,7 +47,7 @@ class GenerationSetting:
         pictures: Folder of the drawn pictures, which a resumed run does not draw again.
         judge: Checkpoint of the model that judges.
         root: Folder that relative paths start from.
-        steps, guidance: Arguments of the pipeline; None: its defaults.
+        steps, guidance_scale: Arguments of the pipeline; None: its defaults.
         seed: Seed of the first picture's noise; the following pictures count up from it.
         layer, second: Arguments of :func:`finelip_fast.diffusion.extend`.
         device: Device to compute on; None: a GPU if there is one.
@@ -61,7 +61,7 @@ class GenerationSetting:
     judge: str = JUDGE
     root: str | None = None
     steps: int | None = None
-    guidance: float | None = None
+    guidance_scale: float | None = None
     seed: int = 0
     layer: Layer | None = None
     second: Second = "stretch"
@@ -132,7 +132,7 @@ def generation(setting: GenerationSetting) -> Record:
         "layer": setting.layer or "the pipeline's own",
         "second": setting.second,
         "steps": setting.steps or "the pipeline's own",
-        "guidance": "the pipeline's own" if setting.guidance is None else setting.guidance,
+        "guidance_scale": "the pipeline's own" if setting.guidance_scale is None else setting.guidance_scale,
         "seed": setting.seed,
         "data": known.fingerprint[:12],
     }
@@ -200,7 +200,7 @@ def _draw_all(
     ]
     if not any(missing):
         return
-    options = {"num_inference_steps": setting.steps, "guidance_scale": setting.guidance}
+    options = {"num_inference_steps": setting.steps, "guidance_scale": setting.guidance_scale}
     options = {name: value for name, value in options.items() if value is not None}
     with (
         messages(setting.progress),

@@ -63,9 +63,9 @@ def overhead(engine: Engine, setting: Setting) -> Record:
     pixels = engine.preprocess.batch([example.image for example in examples])
     captions = [example.caption for example in examples]
 
-    def ids(context: int) -> Tensor:
+    def ids(context_length: int) -> Tensor:
         with expected_truncation():
-            batch = encode_batch(captions, context, tokenizer=engine.tokenizer)
+            batch = encode_batch(captions, context_length, tokenizer=engine.tokenizer)
         return batch.ids[:, : int(batch.lengths.max())]
 
     def clip_image(batch: Tensor) -> Tensor:

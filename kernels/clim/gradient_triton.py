@@ -40,7 +40,7 @@ _SLOPE = tl.constexpr(LEAKY_SLOPE)
 
 
 @dataclass(frozen=True)
-class GradientSettings:
+class ClimGradientSettings:
     """Tiling of the gradient; it affects only the speed and the order of rounding."""
 
     block_sets: int  # queries (or items) of one program, a power of two
@@ -49,7 +49,7 @@ class GradientSettings:
     num_stages: int = 3
 
 
-def default_gradient_settings(*, capability: int, dtype: torch.dtype, width: int, tokens: int) -> GradientSettings:
+def default_settings(*, capability: int, dtype: torch.dtype, width: int, tokens: int) -> ClimGradientSettings:
     """Default settings for a case that was not tuned.
 
     Args:
@@ -60,13 +60,13 @@ def default_gradient_settings(*, capability: int, dtype: torch.dtype, width: int
     """
     if dtype == torch.float32 or tokens > 64:
         # Full products, and long rows of the one-hot matrix, are held in registers.
-        return GradientSettings(1, 32 if dtype == torch.float32 else 64, num_warps=8, num_stages=2)
+        return ClimGradientSettings(1, 32 if dtype == torch.float32 else 64, num_warps=8, num_stages=2)
     stages = 3 if capability in (80, 90, 100, 103) else 2  # the others have 99 KB of shared memory
-    return GradientSettings(1, min(256, max(16, triton.next_power_of_2(width))), num_warps=8, num_stages=stages)
+    return ClimGradientSettings(1, min(256, max(16, triton.next_power_of_2(width))), num_warps=8, num_stages=stages)
 
 
 class Launch(NamedTuple):
-    """Launch that settings are chosen for; its fields are the arguments of :func:`default_gradient_settings`."""
+    """Launch that settings are chosen for; its fields are the arguments of :func:`default_settings`."""
 
     capability: int
     dtype: torch.dtype
@@ -81,9 +81,9 @@ class Launch(NamedTuple):
 
 
 @_settings.until_saved
-def settings_for(launch: Launch) -> GradientSettings:
+def settings_for(launch: Launch) -> ClimGradientSettings:
     """Tuned settings if there are any, otherwise the default ones."""
-    return _settings.tuned(launch.case, GradientSettings) or default_gradient_settings(**launch._asdict())
+    return _settings.tuned(launch.case, ClimGradientSettings) or default_settings(**launch._asdict())
 
 
 @triton.jit
@@ -193,7 +193,7 @@ def gradient(
     item_winners: Tensor,
     *,
     alpha: float,
-    settings: GradientSettings | None = None,
+    settings: ClimGradientSettings | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute the gradients of queries and items from the gradient of their scores.
 
@@ -241,7 +241,7 @@ def _one_side(
     grad_x: Tensor,
     pair_strides: tuple[int, int],
     alpha: float,
-    settings: GradientSettings,
+    settings: ClimGradientSettings,
 ) -> None:
     """Fill `grad_x`."""
     y = readable(y)

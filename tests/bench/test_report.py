@@ -99,7 +99,8 @@ def test_marks_are_filled_and_filled_again(machine):
 
 def test_a_table_of_recall_has_both_directions(machine):
     rows = [
-        {"context": 77, "score": "fine"} | {f"{way}_recall@{k}": k / 100 for way in ("i2t", "t2i") for k in (1, 5, 10)}
+        {"context_length": 77, "score": "fine"}
+        | {f"{way}_recall@{k}": k / 100 for way in ("i2t", "t2i") for k in (1, 5, 10)}
     ]
     (machine / "recall.json").write_text(json.dumps({"rows": rows}))
     filled = report.filled("<!-- recall machine/recall.json -->\nold\n<!-- /recall -->\n", machine.parent)

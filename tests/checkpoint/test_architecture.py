@@ -130,7 +130,7 @@ def test_an_activation_that_nothing_shows_is_asked_for() -> None:
         ({"heads": (1, 2, 3)}, "heads to be an integer, or two"),
         ({"heads": 0}, "heads of at least 1"),
         ({"heads": "12"}, "heads to be an integer"),
-        ({"part": 5}, "part to be the key"),
+        ({"key": 5}, "key to be a key of a dictionary"),
     ],
 )
 def test_hints_of_another_kind_are_refused(argument: dict[str, Any], message: str) -> None:

@@ -89,7 +89,7 @@ def test_averaged_weights_are_not_taken_unasked(longclip_state, known_widths, tm
     assert {warning.filename for warning in caught} == {__file__}
     assert torch.equal(loaded.visual.proj, longclip_state["visual.proj"])
 
-    advice = re.search(r"finelip (convert) FILE FOLDER (--part) (\w+)", message)
+    advice = re.search(r"finelip (convert) FILE FOLDER (--key) (\w+)", message)
     assert cli.main([advice[1], str(tmp_path / "x.pt"), str(tmp_path / "out"), advice[2], advice[3], "--quiet"]) == 0
     assert torch.equal(load_untrained(tmp_path / "out").visual.proj, longclip_state["visual.proj"] + 1)
 
@@ -100,10 +100,10 @@ def test_averaged_weights_alone_are_taken(longclip_state, known_widths, model, t
     assert_same_towers(load_untrained(tmp_path / "x.pt"), model)
 
 
-def test_a_part_that_is_not_there(longclip_state, tmp_path):
+def test_a_key_that_is_not_there(longclip_state, tmp_path):
     torch.save({"epoch": 3, "state_dict": longclip_state, "optimizer": {}}, tmp_path / "x.pt")
-    with pytest.raises(CheckpointError, match=r"expected the part 'ema' .* which has state_dict, optimizer"):
-        convert(tmp_path / "x.pt", tmp_path / "out", part="ema")
+    with pytest.raises(CheckpointError, match=r"expected the key 'ema' .* which has state_dict, optimizer"):
+        convert(tmp_path / "x.pt", tmp_path / "out", key="ema")
 
 
 def test_what_a_training_script_keeps_beside_its_weights(longclip_state, known_widths, model, tmp_path):

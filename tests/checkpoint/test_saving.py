@@ -180,7 +180,7 @@ def test_converting_our_own_keeps_what_is_known_of_it(model, tmp_path):
     assert metadata == {"step": 7, "source": "trained", "layout": "finelip_fast"}
 
 
-@pytest.mark.parametrize("hint", [{"activation": "gelu"}, {"heads": 2}, {"part": "model"}])
+@pytest.mark.parametrize("hint", [{"activation": "gelu"}, {"heads": 2}, {"key": "model"}])
 def test_what_a_configuration_says_is_not_said_again(folder, hint, tmp_path):
     for source in (folder, folder / "model.safetensors", "open_clip:ViT-B-16/openai", None):
         with pytest.raises(

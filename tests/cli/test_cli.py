@@ -361,7 +361,7 @@ def test_eval_on_scenes(finelip: Callable[..., str], checkpoint: Path) -> None:
     ]
     result = json.loads(finelip(*arguments, "--json"))
     assert result["pairs"] == 4
-    assert [(row["context"], row["score"]) for row in result["rows"][::3]] == [(12, "global"), (40, "global")]
+    assert [(row["context_length"], row["score"]) for row in result["rows"][::3]] == [(12, "global"), (40, "global")]
     assert all(0 <= row["t2i_recall@1"] <= 1 for row in result["rows"])
     assert len(finelip(*arguments).splitlines()) == 7
 
@@ -827,9 +827,11 @@ def test_help_and_completion_import_nothing_heavy() -> None:
         ("export onnx --pairs scenes:test:8", "--pairs is called --data now."),
         ("export trt --pairs scenes:test:8", "--pairs is called --data now."),
         ("convert a b --half", "--half is called --dtype float16 now."),
+        ("convert a.pt b --part ema", "--part is called --key now."),
         ("tune --out table.json", "--out is called --settings now."),
         ("train --val scenes:val", "--val is called --validation now."),
         ("train --image-root photos", "--image-root is called --root now."),
+        ("train --accumulate 4", "--accumulate is called --accumulation-steps now."),
     ],
 )
 def test_a_former_spelling_is_answered_with_the_one_of_today(

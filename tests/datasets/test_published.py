@@ -42,7 +42,7 @@ def write_json(path, value):
     return path
 
 
-def named(pairs):
+def names_and_captions(pairs):
     return [(path.name, caption) for path, caption in pairs]
 
 
@@ -262,11 +262,11 @@ def test_flickr30k_in_karpathys_splits(tmp_path, folder):
     (root / "results_20130124.token").write_text("1.jpg#0\tleft alone\n")
     expected = [(root / folder / f"{name}.jpg", f"{name}{n}.") for name in (2, 1) for n in range(5)]
     assert read_flickr30k(root) == read_flickr30k(root, "test") == expected
-    assert named(read_flickr30k(root, "train")) == [("3.jpg", f"3{n}.") for n in range(5)]
+    assert names_and_captions(read_flickr30k(root, "train")) == [("3.jpg", f"3{n}.") for n in range(5)]
 
 
 def test_flickr30k_of_the_token_file_brings_a_pictures_captions_together(tmp_path):
-    assert named(read_flickr30k(make_token(tmp_path))) == [
+    assert names_and_captions(read_flickr30k(make_token(tmp_path))) == [
         ("2.jpg", "two 0 ."),
         ("2.jpg", "two 1 ."),
         ("1.jpg", "one\t0 ."),

@@ -46,7 +46,7 @@ def difference(left: Any, right: Any) -> int:
 def test_a_picture_and_what_made_it(material: dict[str, str], tmp_path: Path) -> None:
     out, text = tmp_path / "a.png", LONG + "Ein Löwe 🦁."
     generation = generate(
-        text, out=str(out), seed=7, steps=2, guidance=3.5, negative="ugly", progress=False, **material
+        text, out=str(out), seed=7, steps=2, guidance_scale=3.5, negative_prompt="ugly", progress=False, **material
     )
     picture = Image.open(out)
     assert picture.size == (32, 32)
@@ -56,7 +56,7 @@ def test_a_picture_and_what_made_it(material: dict[str, str], tmp_path: Path) ->
         "negative_prompt": "ugly",
         "seed": "7",
         "steps": "2",
-        "guidance": "3.5",
+        "guidance_scale": "3.5",
         "checkpoint": material["checkpoint"],
         "pipeline": material["pipeline"],
         "layer": "the pipeline's own",
@@ -75,12 +75,12 @@ def test_a_picture_and_what_made_it(material: dict[str, str], tmp_path: Path) ->
     for change in (
         {},
         {"seed": 8},
-        {"negative": "blurred"},
+        {"negative_prompt": "blurred"},
         {"layer": "last"},
         {"second": "windows"},
-        {"guidance": 9.0},
+        {"guidance_scale": 9.0},
     ):
-        recipe: dict[str, Any] = {"seed": 7, "steps": 2, "guidance": 3.5, "negative": "ugly", **change}
+        recipe: dict[str, Any] = {"seed": 7, "steps": 2, "guidance_scale": 3.5, "negative_prompt": "ugly", **change}
         generate(text, out=str(out), progress=False, **recipe, **material)
         assert (difference(pixels(out), first) > 1) == bool(change), change
 
@@ -134,10 +134,10 @@ def test_the_command(
     words = ["generate", LONG, "--out", str(out), "--steps", "2", "--compare-77"]
     for name, value in material.items():
         words += [f"--{name}", value]
-    assert main([*words, "--seed", "3", "--guidance", "4"]) == 0
+    assert main([*words, "--seed", "3", "--guidance-scale", "4"]) == 0
     printed = capsys.readouterr()
     first, *lines = printed.out.splitlines()
-    assert first == f"{out}: seed 3, steps 2, guidance 4.0"
+    assert first == f"{out}: seed 3, steps 2, guidance scale 4.0"
     assert [line.split(":")[0] for line in lines] == ["  77 tokens", "  256 tokens"]
     assert "/2 [" in printed.err
     assert "truncated" not in printed.err
@@ -147,7 +147,7 @@ def test_the_command(
     result = json.loads(printed.out)
     assert printed.err == ""
     assert result["out"] == str(out)
-    assert result["settings"]["guidance"] == "5.0"
+    assert result["settings"]["guidance_scale"] == "5.0"
     assert Image.open(out).text["seed"] == result["settings"]["seed"] != "3"  # type: ignore[attr-defined]
     assert {"tokens", "score", "words", "unmet"} == set(result["pictures"][0])
 

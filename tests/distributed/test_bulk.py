@@ -176,8 +176,8 @@ def test_a_job_that_was_stopped_goes_on(
     files = sorted(photos.glob("*.png"))
     without_ray.append(0)
     with pytest.raises(EngineError, match="cannot continue"):
-        add(files, index, checkpoint, part=8)
-    assert len(stored_index(index)) == 0  # a part is adopted in order, from its first task
+        add(files, index, checkpoint, chunk_size=8)
+    assert len(stored_index(index)) == 0  # a chunk is adopted in order, from its first task
     assert not list((index / "incoming").iterdir())
 
     without_ray.clear()
@@ -193,9 +193,9 @@ def test_a_job_that_was_stopped_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(Index, "adopt", fail_later)
         with pytest.raises(KeyboardInterrupt):
-            add(files, index, checkpoint, part=8)
+            add(files, index, checkpoint, chunk_size=8)
     assert len(stored_index(index)) == 15
-    assert add(files, index, checkpoint, part=8).added == COUNT - 16
+    assert add(files, index, checkpoint, chunk_size=8).added == COUNT - 16
     assert_as_by_one_process(index, photos, checkpoint)
 
 
@@ -257,7 +257,7 @@ def test_workers_refuse_another_checkpoint_until_they_see_the_same(
     assert worker.encode([str(photos / "00.png")], worker.job.journal("task"))["rows"] == [0]
 
 
-@pytest.mark.parametrize("option", ["workers", "batch_size", "part"])
+@pytest.mark.parametrize("option", ["workers", "batch_size", "chunk_size"])
 def test_numbers_below_one_are_refused(tmp_path: Path, option: str) -> None:
     with pytest.raises(InputError, match=f"expected {option} of at least 1, got 0"):
         index_images([], tmp_path, **{option: 0})

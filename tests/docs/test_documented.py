@@ -16,14 +16,14 @@ DOCS = Path(__file__).parents[2] / "docs"
 PROSE = [DOCS.parent / "README.md", *sorted(DOCS.rglob("*.md"))]
 
 
-def shown(page: str) -> str:
+def reference_page(page: str) -> str:
     """Return the text of a page of the reference."""
     return (DOCS / "reference" / page).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", finelip_fast.__all__)
 def test_a_public_name_stands_in_the_reference(name: str) -> None:
-    entries = re.findall(r"^::: finelip_fast\.([\w.]+)$", shown("python.md"), re.MULTILINE)
+    entries = re.findall(r"^::: finelip_fast\.([\w.]+)$", reference_page("python.md"), re.MULTILINE)
     value = getattr(finelip_fast, name)
     module = f"{getattr(value, '__module__', '')}.".removeprefix("finelip_fast.")
     assert any(entry in (name, f"{module}{name}", module.rstrip(".")) for entry in entries), (
@@ -34,7 +34,7 @@ def test_a_public_name_stands_in_the_reference(name: str) -> None:
 
 @pytest.mark.parametrize("name", kernels.__all__)
 def test_a_kernel_stands_in_the_reference(name: str) -> None:
-    (members,) = re.findall(r"members: \[(.*)\]", shown("kernels.md"))
+    (members,) = re.findall(r"members: \[(.*)\]", reference_page("kernels.md"))
     assert name in members.split(", ")
     assert getattr(kernels, name).__doc__
 
@@ -47,7 +47,7 @@ def test_every_environment_variable_stands_in_the_reference() -> None:
     ]
     known = {name for path in sources for name in re.findall(r'"(FINELIP_[A-Z_]+)"', path.read_text(encoding="utf-8"))}
     assert len(known) >= 5
-    assert known <= set(re.findall(r"^\| `(\w+)` \|", shown("environment.md"), re.MULTILINE))
+    assert known <= set(re.findall(r"^\| `(\w+)` \|", reference_page("environment.md"), re.MULTILINE))
 
 
 @pytest.mark.parametrize(

@@ -149,14 +149,14 @@ def test_ids_that_are_none_are_refused(engine: Engine, ids: torch.Tensor) -> Non
 def test_threads_share_an_engine(engine: Engine, pictures: list[Image.Image]) -> None:
     images, texts = engine.embed_images(pictures), engine.embed_texts(TEXTS)
 
-    def one(number: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode_alone(number: int) -> tuple[torch.Tensor, torch.Tensor]:
         index = number % len(pictures)
         return engine.embed_images([pictures[index]])[0] - images[index], engine.embed_texts([TEXTS[index]])[0] - texts[
             index
         ]
 
     with ThreadPoolExecutor(4) as pool:
-        for differences in pool.map(one, range(40)):
+        for differences in pool.map(encode_alone, range(40)):
             assert max(difference.abs().max() for difference in differences) <= CLOSE["atol"]
 
 
@@ -173,10 +173,10 @@ def test_a_shorter_context_cuts_there(engine: Engine) -> None:
     torch.testing.assert_close(cut[0], cut[1], **CLOSE)
 
 
-@pytest.mark.parametrize("context", [0, 2, CONTEXT + 1])
-def test_a_context_that_cannot_be_is_refused(engine: Engine, context: int) -> None:
-    with pytest.raises(InputError, match=f"expected .*{max(3, min(context, CONTEXT))}"):
-        engine.embed_texts(["a red house"], context_length=context)
+@pytest.mark.parametrize("context_length", [0, 2, CONTEXT + 1])
+def test_a_context_that_cannot_be_is_refused(engine: Engine, context_length: int) -> None:
+    with pytest.raises(InputError, match=f"expected .*{max(3, min(context_length, CONTEXT))}"):
+        engine.embed_texts(["a red house"], context_length=context_length)
 
 
 def test_longer_texts_are_refused_or_cut_or_windowed(engine: Engine) -> None:

@@ -25,7 +25,7 @@ def result(
     *,
     i2t: list[int] | None = None,
     picture_of: list[int] | None = None,
-    contexts: tuple[int, ...] = (256,),
+    context_lengths: tuple[int, ...] = (256,),
     sweep: Sweep | None = None,
     **changes: Any,
 ) -> Path:
@@ -49,7 +49,7 @@ def result(
         picture_of=owners,
         alpha=0.8,
         sweep=sweep,
-        rows=[Row.of(context, "combined", ranks_by_direction, torch.tensor(owners)) for context in contexts],
+        rows=[Row.of(length, "combined", ranks_by_direction, torch.tensor(owners)) for length in context_lengths],
         image_seconds=1.0,
         text_seconds=1.0,
     ).save(path)
@@ -79,8 +79,8 @@ def test_captions_of_one_picture_are_no_evidence_of_their_own(tmp_path: Path) ->
 
 
 def test_the_row_of_the_same_context_is_the_baseline_or_that_of_the_longest(tmp_path: Path) -> None:
-    a = result(tmp_path / "a.json", [1, 2], contexts=(77, 128, 248))
-    b = result(tmp_path / "b.json", [1, 1], contexts=(77, 256))
+    a = result(tmp_path / "a.json", [1, 2], context_lengths=(77, 128, 248))
+    b = result(tmp_path / "b.json", [1, 1], context_lengths=(77, 256))
     assert [row["against"] for row in compare([a, b]).rows] == [None, None, None, 77, 248]
 
 
@@ -243,6 +243,14 @@ def edit(path: Path, **changes: Any) -> Path:
 def test_a_value_that_no_evaluation_has_is_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     path = edit(result(tmp_path / "a.json", [1, 2, 3]), **changes)
     with pytest.raises(InputError, match=rf"a\.json: expected a result of finelip eval .*{message}"):
+        read_evaluation(path)
+
+
+def test_a_field_under_an_earlier_name_is_refused_with_the_name_it_has_now(tmp_path: Path) -> None:
+    path = result(tmp_path / "a.json", [1, 2, 3])
+    [row] = json.loads(path.read_text())["rows"]
+    edit(path, rows=[{"context": row.pop("context_length")} | row])
+    with pytest.raises(InputError, match=r"no field 'context_length' in rows\[0\]\); run the evaluation again"):
         read_evaluation(path)
 
 

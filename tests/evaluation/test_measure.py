@@ -32,7 +32,7 @@ class Table(Engine):
     source, fingerprint, precision, preprocess, device = "", "a table", "fp32", None, torch.device("cpu")
 
     def __init__(self, images: Tensor, texts: Tensor) -> None:
-        self.images, self.texts, self.contexts, self.batches = images, texts, [], []
+        self.images, self.texts, self.context_lengths, self.batches = images, texts, [], []
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         raise NotImplementedError
@@ -44,7 +44,7 @@ class Table(Engine):
         return self.images[list(images)]
 
     def embed_texts(self, texts: Sequence[str], *, context_length: int | None = None, **_: Any) -> Tensor:
-        self.contexts.append(context_length)
+        self.context_lengths.append(context_length)
         return self.texts[[int(text) for text in texts]]
 
 
@@ -115,13 +115,13 @@ def test_ties_and_nan_count_against() -> None:
 def test_contexts_are_sorted_and_each_once() -> None:
     engine = Table(torch.eye(3)[:, None], torch.eye(3)[:, None])
     report = evaluate(engine, pairs(3), context_lengths=[64, 20, 64], batch_size=2, progress=False)
-    assert engine.contexts == [20, 64]
+    assert engine.context_lengths == [20, 64]
     assert engine.batches == [2, 1]
-    assert [(row.context, row.score) for row in report.rows] == [
+    assert [(row.context_length, row.score) for row in report.rows] == [
         (context, score) for context in (20, 64) for score in ("global", "fine", "combined")
     ]
     evaluate(engine, pairs(3), progress=False)
-    assert engine.contexts[2:] == [64]
+    assert engine.context_lengths[2:] == [64]
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_the_result_goes_into_json_and_prints_as_a_table() -> None:
     assert values["image_seconds"] >= 0
     assert values["text_seconds"] >= 0
     row = values["rows"][0]
-    assert (row["context"], row["score"], row["i2t_ranks"], row["t2i_ranks"]) == (20, "global", [1] * 3, [1] * 3)
+    assert (row["context_length"], row["score"], row["i2t_ranks"], row["t2i_ranks"]) == (20, "global", [1] * 3, [1] * 3)
     assert shares(row) == dict.fromkeys(METRICS, 1.0)
     assert row["intervals"]["i2t_recall@1"] == [1.0, 1.0]
     assert set(row["intervals"]) == {f"{way}_{name}" for way in ("i2t", "t2i") for name in (*KS, "mrr")}
@@ -244,8 +244,8 @@ def test_a_model_is_measured_as_it_scores(engine: Engine) -> None:
     with torch.no_grad():
         images = model.encode_image(model.preprocess.batch([example.image for example in examples]))
     for row in report.rows:
-        with pytest.warns(UserWarning, match=f"exceeded {row.context} tokens"):
-            ids = finelip_fast.tokenize([example.caption for example in examples], row.context)
+        with pytest.warns(UserWarning, match=f"exceeded {row.context_length} tokens"):
+            ids = finelip_fast.tokenize([example.caption for example in examples], row.context_length)
         with torch.no_grad():
             texts = model.encode_text(ids)
         alpha = {"global": 1.0, "fine": 0.0, "combined": 0.8}[row.score]

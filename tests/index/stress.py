@@ -147,12 +147,12 @@ class Worker:
 
     def upsert(self) -> None:
         self.value += 1
-        self.change("upsert", [*self.some(4), f"{self.name}/{self.value}"])
+        self.change("upsert", [*self.sample_ids(4), f"{self.name}/{self.value}"])
 
     def delete(self) -> None:
-        self.change("delete", self.some(6 if len(self.journal.model) < 60 else 20))
+        self.change("delete", self.sample_ids(6 if len(self.journal.model) < 60 else 20))
 
-    def some(self, most: int) -> list[str]:
+    def sample_ids(self, most: int) -> list[str]:
         return self.choose.sample(
             sorted(self.journal.model), min(len(self.journal.model), self.choose.randint(0, most))
         )
@@ -208,7 +208,7 @@ class Worker:
             self.fault("lost", f"length {len(index)} with {len(self.journal.model)} items of {self.name}")
 
     def contains(self) -> None:
-        for item in self.some(2):
+        for item in self.sample_ids(2):
             if item not in self.index:
                 self.fault("lost", f"{item} is not in the index")
         for item in self.removed:

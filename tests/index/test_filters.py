@@ -44,7 +44,7 @@ def fill(database: sqlite3.Connection, items: dict[str, dict[str, Any]]) -> None
     database.executemany("INSERT INTO item (id, metadata) VALUES (CAST(? AS TEXT), ?)", rows)
 
 
-def found(database: sqlite3.Connection, where: str) -> list[str]:
+def matching_ids(database: sqlite3.Connection, where: str) -> list[str]:
     condition, parameters = compile_filter(where)
     rows = database.execute(f"SELECT id FROM item WHERE {condition} ORDER BY position", parameters)
     return [name for (name,) in rows]
@@ -134,16 +134,16 @@ ITEMS: dict[str, dict[str, Any]] = {
 )
 def test_finds(database: sqlite3.Connection, where: str, expected: str) -> None:
     fill(database, ITEMS)
-    assert found(database, where) == expected.split()
+    assert matching_ids(database, where) == expected.split()
 
 
 def test_exact_integers(database: sqlite3.Connection) -> None:
     top = 2**63 - 1
     fill(database, {"top": {"x": top}, "below": {"x": top - 1}, "above": {"x": 1 - 2**63}, "bottom": {"x": -(2**63)}})
-    assert found(database, f"x = {top}") == ["top"]
-    assert found(database, f"x < {top}") == ["below", "above", "bottom"]
-    assert found(database, f"x = {1 - 2**63}") == ["above"]
-    assert found(database, f"x = {-(2**63)}") == ["bottom"]
+    assert matching_ids(database, f"x = {top}") == ["top"]
+    assert matching_ids(database, f"x < {top}") == ["below", "above", "bottom"]
+    assert matching_ids(database, f"x = {1 - 2**63}") == ["above"]
+    assert matching_ids(database, f"x = {-(2**63)}") == ["bottom"]
 
 
 def test_a_condition_has_the_paths_in_it_and_the_values_beside_it() -> None:
@@ -183,12 +183,12 @@ def test_nothing_gets_out_of_its_quotes(database: sqlite3.Connection, evil: str)
     text = "'" + evil.replace("'", "''") + "'"
     key = evil.replace('"', "")
     fill(database, {"other": {"x": "other", "other": 1}, evil: {"x": evil.replace("\0", ""), key: 1}})
-    assert found(database, f"id = {text}") == [evil]
-    assert found(database, f"x = {text}".replace("\0", "")) == [evil]
-    assert found(database, f"id <> {text}") == ["other"]
-    assert found(database, f'"{key}" = 1') == [evil]
+    assert matching_ids(database, f"id = {text}") == [evil]
+    assert matching_ids(database, f"x = {text}".replace("\0", "")) == [evil]
+    assert matching_ids(database, f"id <> {text}") == ["other"]
+    assert matching_ids(database, f'"{key}" = 1') == [evil]
     database.execute(f"""CREATE INDEX by_key ON item ({field_expression(f'"{key}"')})""")
-    assert found(database, f'"{key}" = 1') == [evil]
+    assert matching_ids(database, f'"{key}" = 1') == [evil]
 
 
 # Against a reading of the same tree in Python -------------------------------------------------------------------------
@@ -229,15 +229,16 @@ TREES = st.recursive(
 )
 
 
-def written(tree: Any, chance: random.Random) -> str:
+def as_expression(tree: Any, chance: random.Random) -> str:
     """Format the tree as an expression, with necessary and occasionally unnecessary parentheses."""
     word = "".join(chance.choice([letter.upper(), letter]) for letter in tree[0])
     if tree[0] in ("and", "or"):
         text = f" {word}\n".join(
-            f"({written(term, chance)})" if term[0] in ("and", "or") else written(term, chance) for term in tree[1]
+            f"({as_expression(term, chance)})" if term[0] in ("and", "or") else as_expression(term, chance)
+            for term in tree[1]
         )
     elif tree[0] == "not":
-        inner = written(tree[1], chance)
+        inner = as_expression(tree[1], chance)
         text = f"{word} ({inner})" if tree[1][0] in ("and", "or") else f"{word} {inner}"
     else:
         _, path, value = tree
@@ -305,7 +306,7 @@ def test_finds_what_python_finds(
             expression = field_expression(".".join(f'"{name}"' for name in path))
             database.execute(f"CREATE INDEX by_{number} ON item ({expression})")
         expected = [item for item, metadata in items.items() if holds(tree, item, metadata)]
-        assert found(database, written(tree, random.Random(seed))) == expected
+        assert matching_ids(database, as_expression(tree, random.Random(seed))) == expected
 
 
 WORDS = [

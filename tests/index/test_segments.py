@@ -26,7 +26,7 @@ def random(rows: int, *, seed: int = 0) -> torch.Tensor:
     return torch.nn.functional.normalize(values, dim=-1)
 
 
-def written(folder: Path, embeddings: torch.Tensor, dtype: str = "float16") -> tuple[Segment, list[int]]:
+def new_segment(folder: Path, embeddings: torch.Tensor, dtype: str = "float16") -> tuple[Segment, list[int]]:
     name, crcs = write_segment(folder, encode(embeddings, dtype))
     return reopened(folder, name, len(embeddings), dtype), crcs
 
@@ -46,7 +46,7 @@ def reopened(folder: Path, name: str, rows: int, dtype: str = "float16") -> Segm
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_a_segment_comes_back_as_float16(tmp_path: Path, rows: int, dtype: torch.dtype) -> None:
     embeddings = random(rows).to(dtype)
-    segment, _ = written(tmp_path, embeddings)
+    segment, _ = new_segment(tmp_path, embeddings)
     assert segment.embeddings(slice(None)).dtype == torch.float16
     assert torch.equal(segment.embeddings(slice(None)), embeddings.half())
     order = torch.arange(rows).flip(0)
@@ -55,7 +55,7 @@ def test_a_segment_comes_back_as_float16(tmp_path: Path, rows: int, dtype: torch
 
 def test_a_segment_in_int8_is_its_integers_with_the_global_rows_as_they_were(tmp_path: Path) -> None:
     embeddings = random(5)
-    segment, _ = written(tmp_path, embeddings, "int8")
+    segment, _ = new_segment(tmp_path, embeddings, "int8")
     values, scales = quantize(embeddings)
     expected = values * scales[..., None]
     expected[:, :1] = embeddings[:, :1].half()
@@ -67,7 +67,7 @@ def test_a_segment_in_int8_is_its_integers_with_the_global_rows_as_they_were(tmp
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
 def test_the_global_embeddings_lie_side_by_side(tmp_path: Path, dtype: str) -> None:
-    segment, _ = written(tmp_path, random(5), dtype)
+    segment, _ = new_segment(tmp_path, random(5), dtype)
     values, scales = quantize(read(segment, torch.arange(5))[:, :1])
     assert torch.equal(segment.arrays["globals"], values[:, 0])
     assert torch.equal(segment.arrays["global_scales"], scales[:, 0])
@@ -75,7 +75,7 @@ def test_the_global_embeddings_lie_side_by_side(tmp_path: Path, dtype: str) -> N
 
 def test_checksums_are_of_the_rows_as_they_lie_in_the_file(tmp_path: Path) -> None:
     embeddings = random(3).half()
-    segment, crcs = written(tmp_path, embeddings)
+    segment, crcs = new_segment(tmp_path, embeddings)
     content = (tmp_path / segment.name).read_bytes()
     at = content.index(embeddings.numpy().tobytes())
     assert at % 64 == 0
@@ -84,7 +84,7 @@ def test_checksums_are_of_the_rows_as_they_lie_in_the_file(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
 def test_any_flipped_byte_is_found(tmp_path: Path, dtype: str) -> None:
-    segment, crcs = written(tmp_path, random(4), dtype)
+    segment, crcs = new_segment(tmp_path, random(4), dtype)
     assert segment.damaged(crcs) == {}
     assert segment.damaged([None] * 4) == {}  # as before checksums existed
     content = (tmp_path / segment.name).read_bytes()
@@ -98,7 +98,7 @@ def test_any_flipped_byte_is_found(tmp_path: Path, dtype: str) -> None:
 
 def test_chosen_rows_of_segments_are_joined_to_the_bit(tmp_path: Path) -> None:
     for dtype in ("float16", "int8"):
-        (first, first_crcs), (second, second_crcs) = (written(tmp_path, random(3, seed=n), dtype) for n in range(2))
+        (first, first_crcs), (second, second_crcs) = (new_segment(tmp_path, random(3, seed=n), dtype) for n in range(2))
         arrays = joined(
             [(first, torch.tensor([0, 2])), (second, torch.tensor([], dtype=torch.int64)), (second, torch.tensor([1]))]
         )
@@ -110,17 +110,17 @@ def test_chosen_rows_of_segments_are_joined_to_the_bit(tmp_path: Path) -> None:
 def test_a_transposed_tensor_is_written_in_its_own_order(tmp_path: Path) -> None:
     embeddings = random(2).transpose(1, 2).contiguous().transpose(1, 2)
     assert not embeddings.is_contiguous()
-    assert torch.equal(written(tmp_path, embeddings)[0].embeddings(slice(None)), embeddings.half())
+    assert torch.equal(new_segment(tmp_path, embeddings)[0].embeddings(slice(None)), embeddings.half())
 
 
 def test_no_segment_replaces_another(tmp_path: Path) -> None:
-    names = {written(tmp_path, random(1))[0].name for _ in range(3)}
+    names = {new_segment(tmp_path, random(1))[0].name for _ in range(3)}
     assert len(names) == len(list(tmp_path.iterdir())) == 3
 
 
 def test_int8_copies_are_kept_and_made_again_where_they_are_spoilt(tmp_path: Path) -> None:
     embeddings = random(5)
-    segment, _ = written(tmp_path / "segments", embeddings)
+    segment, _ = new_segment(tmp_path / "segments", embeddings)
     expected = quantize_items(embeddings.half())
     cache = tmp_path / "cache"
     assert not segment.is_quantized(cache)
@@ -131,15 +131,15 @@ def test_int8_copies_are_kept_and_made_again_where_they_are_spoilt(tmp_path: Pat
         (file,) = cache.iterdir()
         file.write_bytes(file.read_bytes()[:100])
     assert torch.equal(segment.quantized(None).values, expected.values)
-    int8_segment = written(tmp_path / "segments", embeddings, "int8")[0]
+    int8_segment = new_segment(tmp_path / "segments", embeddings, "int8")[0]
     assert int8_segment.is_quantized(None)
     assert isinstance(int8_segment.quantized(None), QuantizedItems)
 
 
 @pytest.mark.parametrize("kind", ["a flipped byte", "of other embeddings", "of another time", "a link"])
 def test_int8_copies_that_are_not_of_the_embeddings_are_made_anew(tmp_path: Path, kind: str) -> None:
-    segment, _ = written(tmp_path / "segments", random(5))
-    other_segment, _ = written(tmp_path / "segments", random(5, seed=1))
+    segment, _ = new_segment(tmp_path / "segments", random(5))
+    other_segment, _ = new_segment(tmp_path / "segments", random(5, seed=1))
     cache = tmp_path / "cache"
     expected = QuantizedItems(*(values.clone() for values in segment.quantized(cache)))
     path = cache / segment.name
@@ -169,7 +169,7 @@ def test_int8_copies_that_are_not_of_the_embeddings_are_made_anew(tmp_path: Path
 
 
 def test_int8_copies_of_damaged_embeddings_are_not_kept(tmp_path: Path) -> None:
-    segment, _ = written(tmp_path / "segments", random(5))
+    segment, _ = new_segment(tmp_path / "segments", random(5))
     path = tmp_path / "segments" / segment.name
     content = path.read_bytes()
     path.write_bytes(content.replace(random(5)[0, 1].half().numpy().tobytes(), bytes(16)))
@@ -181,7 +181,7 @@ def test_int8_copies_of_damaged_embeddings_are_not_kept(tmp_path: Path) -> None:
 
 
 def test_where_int8_copies_cannot_be_kept_they_are_made_in_memory(tmp_path: Path) -> None:
-    segment, _ = written(tmp_path / "segments", random(5))
+    segment, _ = new_segment(tmp_path / "segments", random(5))
     expected = quantize_items(random(5).half())
     (tmp_path / "file").touch()
     (tmp_path / "linked").symlink_to(tmp_path / "segments")
@@ -191,7 +191,7 @@ def test_where_int8_copies_cannot_be_kept_they_are_made_in_memory(tmp_path: Path
 
 
 def test_two_processes_make_int8_copies_at_once(tmp_path: Path) -> None:
-    segment, _ = written(tmp_path / "segments", random(5))
+    segment, _ = new_segment(tmp_path / "segments", random(5))
     segments = [reopened(tmp_path / "segments", segment.name, 5) for _ in range(16)]
     with ThreadPoolExecutor(16) as pool:
         copies = list(pool.map(lambda segment: segment.quantized(tmp_path / "cache"), segments))
@@ -206,7 +206,7 @@ def test_a_name_that_leads_elsewhere_is_refused(tmp_path: Path, name: str) -> No
 
 
 def test_a_link_is_not_followed(tmp_path: Path) -> None:
-    segment, _ = written(tmp_path / "elsewhere", random(2))
+    segment, _ = new_segment(tmp_path / "elsewhere", random(2))
     (tmp_path / "segments").mkdir()
     (tmp_path / "segments" / "link.safetensors").symlink_to(tmp_path / "elsewhere" / segment.name)
     (tmp_path / "linked").symlink_to(tmp_path / "elsewhere")
@@ -220,13 +220,13 @@ def test_rows_that_are_not_finite_are_found(tmp_path: Path) -> None:
     for dtype, row in (("float16", 2), ("int8", 0)):
         embeddings = random(3)
         embeddings[1, row, 3] = torch.inf
-        segment, crcs = written(tmp_path, embeddings, dtype)
+        segment, crcs = new_segment(tmp_path, embeddings, dtype)
         assert segment.damaged(crcs) == {1: "holds numbers that are not finite"}
 
 
 def test_where_no_more_files_can_be_opened_what_is_mapped_is_read(tmp_path: Path) -> None:
     for dtype in ("float16", "int8"):
-        segment, _ = written(tmp_path, random(4), dtype)
+        segment, _ = new_segment(tmp_path, random(4), dtype)
         rows = torch.tensor([3, 1])
         expected = read(segment, rows)
         held = []
@@ -249,12 +249,12 @@ def test_where_no_more_files_can_be_opened_what_is_mapped_is_read(tmp_path: Path
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StoreError, match=f"cannot write {re.escape(str(tmp_path / 'file'))}.*"):
-        written(tmp_path / "file", random(1))
+        new_segment(tmp_path / "file", random(1))
 
 
 @pytest.mark.parametrize("keep", [0, 20, 400], ids=["empty", "in the header", "in the values"])
 def test_a_truncated_segment_is_named(tmp_path: Path, keep: int) -> None:
-    segment, _ = written(tmp_path, random(4))
+    segment, _ = new_segment(tmp_path, random(4))
     path = tmp_path / segment.name
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(StoreError, match=f"{segment.name} cannot be read.*restore it, or run finelip index repair"):
@@ -262,7 +262,7 @@ def test_a_truncated_segment_is_named(tmp_path: Path, keep: int) -> None:
 
 
 def test_a_segment_that_has_become_shorter_or_is_gone_is_not_read(tmp_path: Path) -> None:
-    segment, _ = written(tmp_path, random(4))
+    segment, _ = new_segment(tmp_path, random(4))
     path = tmp_path / segment.name
     read(segment, torch.tensor([0]))
     path.write_bytes(path.read_bytes()[:400])
@@ -308,6 +308,6 @@ def test_a_foreign_file_is_refused(tmp_path: Path, values: np.ndarray, message: 
 
 
 def test_a_segment_of_another_dtype_is_refused(tmp_path: Path) -> None:
-    segment, _ = written(tmp_path, random(2))
+    segment, _ = new_segment(tmp_path, random(2))
     with pytest.raises(StoreError, match=r"expected values int8 \[2, 3, 8\], got none"):
         reopened(tmp_path, segment.name, 2, "int8")

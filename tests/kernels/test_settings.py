@@ -159,7 +159,7 @@ def test_another_table_can_be_written(settings_file, tmp_path):
 LAUNCHES = {
     "clim.launches": ("ClimSettings", (90, torch.float16, 512, 1, 40), "clim sm_90 float16 D=512 L=40 Q=1"),
     "clim.gradient_triton": (
-        "GradientSettings",
+        "ClimGradientSettings",
         (80, torch.float16, 512, 40),
         "clim_gradient sm_80 float16 D=512 L=40",
     ),

@@ -11,7 +11,7 @@ from starlette.testclient import TestClient
 import finelip_fast
 from finelip_fast import Retriever
 from finelip_fast.serve.app import create_app
-from finelip_fast.serve.index_collection import RetrieverCollection
+from finelip_fast.serve.index_collection import IndexCollection
 from finelip_fast.serve.settings import ServeSettings
 
 from .asgi import picture
@@ -52,7 +52,7 @@ def open_client(retriever: Retriever) -> Iterator[Callable[..., TestClient]]:
     clients: list[TestClient] = []
 
     def opened(**settings: object) -> TestClient:
-        app = create_app(RetrieverCollection(retriever), ServeSettings(**settings))
+        app = create_app(IndexCollection(retriever), ServeSettings(**settings))
         client = TestClient(app, base_url="http://127.0.0.1:8000", raise_server_exceptions=False)
         clients.append(client.__enter__())
         return client

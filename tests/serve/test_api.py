@@ -21,7 +21,7 @@ from finelip_fast.serve import schemas
 from finelip_fast.serve.answers import json_bytes
 from finelip_fast.serve.app import create_app
 from finelip_fast.serve.collection import Found
-from finelip_fast.serve.index_collection import RetrieverCollection
+from finelip_fast.serve.index_collection import IndexCollection
 from finelip_fast.serve.settings import Limits, ServeSettings
 from finelip_fast.serve.thumbnails import thumbnail_address
 
@@ -195,7 +195,7 @@ def test_an_explanation_is_the_librarys(client: TestClient, retriever: Retriever
 @pytest.mark.parametrize("text", ["", "a red house", "Ünïcödé 🏠 house", "house " * 60, "house" * 300, " \n "])
 def test_tokens_are_counted_where_the_context_ends(client: TestClient, retriever: Retriever, text: str) -> None:
     answer = post(client, "/v1/tokens", {"text": text})
-    assert (answer["context"], answer["cut_at"] is None) == (40, answer["tokens"] <= 40)
+    assert (answer["context_length"], answer["cut_at"] is None) == (40, answer["tokens"] <= 40)
     if answer["cut_at"] is not None:
         assert post(client, "/v1/tokens", {"text": text[: answer["cut_at"]]})["cut_at"] is None
 
@@ -296,7 +296,7 @@ def test_a_file_that_is_no_picture_is_told_and_the_others_are_added(checkpoint: 
     values = json.dumps([{"place": name} for name in "abcd"])
     settings = ServeSettings(writable=True, limits=Limits(pixels=50_000))
     with Retriever(checkpoint, index=tmp_path / "index", device="cpu", engine="torch") as retriever:
-        app = create_app(RetrieverCollection(retriever, tmp_path / "uploads"), settings)
+        app = create_app(IndexCollection(retriever, tmp_path / "uploads"), settings)
         with TestClient(app, base_url="http://127.0.0.1:8000") as client:
             answer = client.post("/v1/items", files=files, data={"metadata": values})
             assert answer.status_code == 201
@@ -329,7 +329,7 @@ def test_a_file_that_is_no_picture_is_told_and_the_others_are_added(checkpoint: 
 def test_what_is_served_is_told(client: TestClient) -> None:
     info = client.get("/v1/info").json()
     schemas.InfoResponse.model_validate(info)
-    assert (info["items"], info["context"], info["model"], info["warning"]) == (6, 40, "checkpoint", None)
+    assert (info["items"], info["context_length"], info["model"], info["warning"]) == (6, 40, "checkpoint", None)
     assert info["limits"]["k"] == 1000
 
 

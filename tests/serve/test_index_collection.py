@@ -25,7 +25,7 @@ from finelip_fast.collection import item_id
 from finelip_fast.errors import InputError, StoreError, WriteError
 from finelip_fast.serve import index_collection as collections
 from finelip_fast.serve.collection import Added, Upload
-from finelip_fast.serve.index_collection import RetrieverCollection
+from finelip_fast.serve.index_collection import IndexCollection
 from finelip_fast.serve.opening import Opening
 from finelip_fast.serve.uploads import Uploads
 
@@ -75,8 +75,8 @@ def photos(retriever: Retriever, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def served(retriever: Retriever, tmp_path: Path) -> RetrieverCollection:
-    return RetrieverCollection(retriever, tmp_path / "index" / "uploads")
+def served(retriever: Retriever, tmp_path: Path) -> IndexCollection:
+    return IndexCollection(retriever, tmp_path / "index" / "uploads")
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -86,7 +86,7 @@ def files_of(folder: Path) -> list[Path]:
 # Reading --------------------------------------------------------------------------------------------------------------
 
 
-def test_a_search_is_the_retrievers(photos: Path, retriever: Retriever, served: RetrieverCollection) -> None:
+def test_a_search_is_the_retrievers(photos: Path, retriever: Retriever, served: IndexCollection) -> None:
     queries = retriever.encode_texts(["a red house", "night"])
     result = served.search(queries, 3, where="bytes > 0", alpha=0.5)
     assert result.hits == retriever.search(["a red house", "night"], k=3, where="bytes > 0", alpha=0.5)
@@ -103,7 +103,7 @@ def test_a_search_is_the_retrievers(photos: Path, retriever: Retriever, served: 
 
 
 def test_a_picture_is_the_file_of_an_item_and_no_other(
-    photos: Path, retriever: Retriever, served: RetrieverCollection
+    photos: Path, retriever: Retriever, served: IndexCollection
 ) -> None:
     retriever.add_texts(["a text"], ids=["a text"], progress=False)
     picture(9).save(photos / "not added.png")
@@ -118,7 +118,7 @@ def test_a_picture_is_the_file_of_an_item_and_no_other(
 
 @pytest.mark.parametrize("has_root", [False, True])
 def test_pictures_that_were_added_by_their_paths_are_there(
-    retriever: Retriever, served: RetrieverCollection, tmp_path: Path, has_root: bool
+    retriever: Retriever, served: IndexCollection, tmp_path: Path, has_root: bool
 ) -> None:
     picture(1).save(tmp_path / "one.png")
     if has_root:
@@ -130,7 +130,7 @@ def test_pictures_that_were_added_by_their_paths_are_there(
 
 
 def test_what_another_process_changes_is_seen(
-    photos: Path, engine_options: dict[str, Any], served: RetrieverCollection, tmp_path: Path
+    photos: Path, engine_options: dict[str, Any], served: IndexCollection, tmp_path: Path
 ) -> None:
     script = (
         "import sys, torch; from finelip_fast.index import stored_index\n"
@@ -152,7 +152,7 @@ def test_what_another_process_changes_is_seen(
 # Adding ---------------------------------------------------------------------------------------------------------------
 
 
-def test_an_upload_is_a_file_and_an_item(served: RetrieverCollection, retriever: Retriever, tmp_path: Path) -> None:
+def test_an_upload_is_a_file_and_an_item(served: IndexCollection, retriever: Retriever, tmp_path: Path) -> None:
     uploads = [
         Upload(encoded(1), "beach.png", {"trip": "Łódź", "sha256": "forged", "camera": "X100"}),
         Upload(encoded(2, "JPEG"), "../../etc/a b<script>.txt"),
@@ -181,7 +181,7 @@ def test_an_upload_is_a_file_and_an_item(served: RetrieverCollection, retriever:
     assert (report.added, report.changed, report.moved, report.gone) == (0, 0, 0, 0)
 
 
-def test_the_root_of_an_index_stays(photos: Path, served: RetrieverCollection, retriever: Retriever) -> None:
+def test_the_root_of_an_index_stays(photos: Path, served: IndexCollection, retriever: Retriever) -> None:
     (added,) = served.add([Upload(encoded(7), "x.png")])
     assert retriever.index.root == photos
     assert added.id.startswith("../index/uploads/")
@@ -189,7 +189,7 @@ def test_the_root_of_an_index_stays(photos: Path, served: RetrieverCollection, r
 
 
 def test_an_upload_is_found_wherever_the_root_is_moved(
-    photos: Path, served: RetrieverCollection, retriever: Retriever, tmp_path: Path
+    photos: Path, served: IndexCollection, retriever: Retriever, tmp_path: Path
 ) -> None:
     (added,) = served.add([Upload(encoded(7), "x.png")])
     retriever.index.root = tmp_path / "far" / "away" / "photos"
@@ -199,7 +199,7 @@ def test_an_upload_is_found_wherever_the_root_is_moved(
     assert not path.exists()
 
 
-def test_the_same_picture_is_one_item(served: RetrieverCollection, tmp_path: Path) -> None:
+def test_the_same_picture_is_one_item(served: IndexCollection, tmp_path: Path) -> None:
     first, again, second = served.add(
         [Upload(encoded(1), "a.png", {"n": 1}), Upload(encoded(1), "b.png", {"n": 2}), Upload(encoded(2), "b.png")]
     )
@@ -211,7 +211,7 @@ def test_the_same_picture_is_one_item(served: RetrieverCollection, tmp_path: Pat
     assert served.items()[0][0].metadata["n"] == 1
 
 
-def test_a_bad_upload_is_reported_alone(served: RetrieverCollection, tmp_path: Path) -> None:
+def test_a_bad_upload_is_reported_alone(served: IndexCollection, tmp_path: Path) -> None:
     deep: dict[str, Any] = {}
     for _ in range(100):
         deep = {"x": deep}
@@ -230,7 +230,7 @@ def test_a_bad_upload_is_reported_alone(served: RetrieverCollection, tmp_path: P
     assert served.add([]) == []
 
 
-def test_a_file_without_an_item_is_taken_over(served: RetrieverCollection, tmp_path: Path) -> None:
+def test_a_file_without_an_item_is_taken_over(served: IndexCollection, tmp_path: Path) -> None:
     """A crash between the two steps leaves such a file."""
     uploads = Uploads(tmp_path / "index" / "uploads")
     path = uploads.path_for(digest(encoded(1)), "first.png", ".png")
@@ -249,7 +249,7 @@ def test_a_file_without_an_item_is_taken_over(served: RetrieverCollection, tmp_p
 
 
 def test_an_index_that_cannot_be_written_leaves_no_file(
-    served: RetrieverCollection, retriever: Retriever, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    served: IndexCollection, retriever: Retriever, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     served.add([Upload(encoded(1), "a.png")])
 
@@ -264,14 +264,14 @@ def test_an_index_that_cannot_be_written_leaves_no_file(
     assert served.add([Upload(encoded(2), "b.png")])[0].reason is None
 
 
-def test_more_uploads_than_a_batch(served: RetrieverCollection, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_uploads_than_a_batch(served: IndexCollection, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(collections, "_AT_ONCE", 3)
     added = served.add([Upload(encoded(seed % 7), f"{seed}.png") for seed in range(10)])
     assert [item.existing for item in added] == [False] * 7 + [True] * 3
     assert len(served) == 7
 
 
-def test_uploads_one_by_one_leave_few_segments(served: RetrieverCollection, tmp_path: Path) -> None:
+def test_uploads_one_by_one_leave_few_segments(served: IndexCollection, tmp_path: Path) -> None:
     for seed in range(70):
         (added,) = served.add([Upload(encoded(seed), "a.png")])
         assert added.id in served.embeddings_of([added.id])
@@ -279,7 +279,7 @@ def test_uploads_one_by_one_leave_few_segments(served: RetrieverCollection, tmp_
     assert len(list((tmp_path / "index" / "segments").glob("*.safetensors"))) < 20
 
 
-def test_the_same_pictures_at_once_are_added_once(served: RetrieverCollection, tmp_path: Path) -> None:
+def test_the_same_pictures_at_once_are_added_once(served: IndexCollection, tmp_path: Path) -> None:
     def send(number: int) -> list[Added]:
         return served.add([Upload(encoded(seed), f"{number}.png") for seed in range(4)])
 
@@ -290,7 +290,7 @@ def test_the_same_pictures_at_once_are_added_once(served: RetrieverCollection, t
     assert len(served) == len(files_of(tmp_path / "index" / "uploads")) == 4
 
 
-def test_adding_and_deleting_at_once_leaves_every_item_its_file(served: RetrieverCollection, tmp_path: Path) -> None:
+def test_adding_and_deleting_at_once_leaves_every_item_its_file(served: IndexCollection, tmp_path: Path) -> None:
     """Several threads add and delete the same picture; at the end, every remaining item has its file."""
 
     def change(number: int) -> None:
@@ -309,7 +309,7 @@ def test_adding_and_deleting_at_once_leaves_every_item_its_file(served: Retrieve
 # Deleting -------------------------------------------------------------------------------------------------------------
 
 
-def test_deleting_removes_uploaded_files_and_no_others(photos: Path, served: RetrieverCollection) -> None:
+def test_deleting_removes_uploaded_files_and_no_others(photos: Path, served: IndexCollection) -> None:
     (added,) = served.add([Upload(encoded(7), "x.png")])
     path = served.picture(added.id)
     with pytest.raises(InputError, match="not in the index: 'nothing'"):
@@ -326,7 +326,7 @@ def test_deleting_removes_uploaded_files_and_no_others(photos: Path, served: Ret
 
 
 def test_a_strangers_items_lead_to_no_file_that_is_removed(
-    photos: Path, served: RetrieverCollection, retriever: Retriever, tmp_path: Path
+    photos: Path, served: IndexCollection, retriever: Retriever, tmp_path: Path
 ) -> None:
     """An index may name any file: deleting an item leaves foreign files, even in the uploads folder."""
     notes = tmp_path / "index" / "uploads" / "notes.txt"
@@ -341,7 +341,7 @@ def test_a_strangers_items_lead_to_no_file_that_is_removed(
 
 
 def test_without_a_folder_for_uploads_nothing_can_be_changed(photos: Path, retriever: Retriever) -> None:
-    served = RetrieverCollection(retriever)
+    served = IndexCollection(retriever)
     assert not served.writable
     for change in (lambda: served.add([Upload(encoded(1))]), lambda: served.delete(["1.png"])):
         with pytest.raises(InputError, match="read-only; serve it with --writable"):
@@ -370,10 +370,10 @@ import sys
 from pathlib import Path
 from finelip_fast import Retriever
 from finelip_fast.serve.collection import Upload
-from finelip_fast.serve.index_collection import RetrieverCollection
+from finelip_fast.serve.index_collection import IndexCollection
 index, checkpoint, *pictures = sys.argv[1:]
 with Retriever(checkpoint, engine="torch", device="cpu", index=index) as retriever:
-    served = RetrieverCollection(retriever, Path(index) / "uploads")
+    served = IndexCollection(retriever, Path(index) / "uploads")
     for path in pictures:
         (added,) = served.add([Upload(Path(path).read_bytes(), "x.png")])
         print(Path(path).name, added.id, flush=True)
@@ -399,7 +399,7 @@ def test_what_was_acknowledged_survives_a_kill(
             process.kill()
     assert len(acknowledged) >= 9
     with Retriever(**engine_options, index=tmp_path / "index") as retriever:
-        served = RetrieverCollection(retriever, tmp_path / "index" / "uploads")
+        served = IndexCollection(retriever, tmp_path / "index" / "uploads")
         for name, item in acknowledged:
             content = (tmp_path / name).read_bytes()
             assert served.picture(item).read_bytes() == content

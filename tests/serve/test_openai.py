@@ -13,7 +13,7 @@ from starlette.testclient import TestClient
 from finelip_fast import Retriever
 from finelip_fast.serve import schemas
 from finelip_fast.serve.app import create_app
-from finelip_fast.serve.index_collection import RetrieverCollection
+from finelip_fast.serve.index_collection import IndexCollection
 from finelip_fast.serve.settings import ServeSettings
 
 from .asgi import encoded, picture, running
@@ -95,7 +95,7 @@ def test_its_model_is_listed(client: TestClient) -> None:
 
 def test_openais_own_client_is_answered(retriever: Retriever) -> None:
     key = "a-key-of-16-or-more"
-    app = create_app(RetrieverCollection(retriever), ServeSettings(api_key=key))
+    app = create_app(IndexCollection(retriever), ServeSettings(api_key=key))
     with running(app) as address, OpenAI(base_url=f"{address}/v1", api_key=key, max_retries=0) as client:
         (model,) = client.models.list()
         assert client.models.retrieve(model.id) == model

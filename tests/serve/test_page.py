@@ -17,7 +17,7 @@ from playwright.sync_api import Browser, BrowserContext, Locator, Page, Route, e
 from finelip_fast import Retriever
 from finelip_fast.datasets import Scenes
 from finelip_fast.serve.app import create_app
-from finelip_fast.serve.index_collection import RetrieverCollection
+from finelip_fast.serve.index_collection import IndexCollection
 from finelip_fast.serve.settings import ServeSettings
 
 from .asgi import running
@@ -63,7 +63,7 @@ def retriever(pictures: list[Path], tmp_path_factory: pytest.TempPathFactory) ->
 def serving(retriever: Retriever, **settings: Any) -> AbstractContextManager[str]:
     """Serve an index, and return a context manager that yields the address."""
     uploads = Path(settings["uploads"]) if "uploads" in settings else None
-    app = create_app(RetrieverCollection(retriever, uploads), ServeSettings(**settings))
+    app = create_app(IndexCollection(retriever, uploads), ServeSettings(**settings))
     return running(app, timeout_graceful_shutdown=2)
 
 
@@ -177,7 +177,7 @@ def test_more_comes_on_scrolling_and_by_a_button(page: Page) -> None:
 
 
 def test_filters_that_the_metadata_offer_narrow_the_search(page: Page, retriever: Retriever) -> None:
-    def shown(where: str) -> None:
+    def expect_hits_of(where: str) -> None:
         """Expect exactly the hits that pass the filter."""
         expect(page.locator("#said")).to_have_text(re.compile("best first|No picture"))
         ids = [Path(hit.id).name for hit in retriever.search(TEXT, k=48, where=where)]
@@ -186,24 +186,24 @@ def test_filters_that_the_metadata_offer_narrow_the_search(page: Page, retriever
     search(page, TEXT)
     page.get_by_role("button", name="Refine").click()
     page.get_by_label("O'Hara").check()
-    shown("\"drawn by\" = 'O''Hara'")
+    expect_hits_of("\"drawn by\" = 'O''Hara'")
     page.get_by_label("family from").fill("3")
     page.get_by_label("family to").fill("9")
     page.get_by_label("family to").press("Tab")
-    shown("\"drawn by\" = 'O''Hara' and family between 3 and 9")
+    expect_hits_of("\"drawn by\" = 'O''Hara' and family between 3 and 9")
     page.get_by_label("taken to").fill("2024-01-28")
     page.get_by_label("taken to").press("Tab")
-    shown("\"drawn by\" = 'O''Hara' and family between 3 and 9 and taken < '2024-01-29'")
+    expect_hits_of("\"drawn by\" = 'O''Hara' and family between 3 and 9 and taken < '2024-01-29'")
     expression = page.get_by_label("Filter by an expression")
     expression.fill("weather = 'rain' or weather = 'snow'")
     expression.press("Enter")
     narrow = (
         "\"drawn by\" = 'O''Hara' and family between 3 and 9 and taken < '2024-01-29' and weather in ('rain', 'snow')"
     )
-    shown(narrow)
+    expect_hits_of(narrow)
     expect(page.locator("#refined")).to_have_text("4")
     page.reload()
-    shown(narrow)
+    expect_hits_of(narrow)
     page.get_by_role("button", name="Refine").click()
     expect(page.get_by_label("O'Hara")).to_be_checked()
     expect(page.get_by_label("taken to")).to_have_value("2024-01-28")
@@ -615,5 +615,5 @@ def test_the_apis_documentation_is_drawn_under_its_own_policy(open_page: Callabl
     page.get_by_role("button", name="Try it out").click()
     page.get_by_role("button", name="Execute").click()
     answer = page.locator(".live-responses-table .response-col_description .microlight").first
-    expect(answer).to_contain_text('"context": 256')
+    expect(answer).to_contain_text('"context_length": 256')
     assert all(url.startswith((address, "data:")) for url in requests)

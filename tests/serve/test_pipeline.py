@@ -18,7 +18,7 @@ from finelip_fast import Hits, ImageError, InputError, Retriever
 from finelip_fast.datasets import Scenes
 from finelip_fast.serve.batching import Overloaded
 from finelip_fast.serve.collection import Found
-from finelip_fast.serve.index_collection import RetrieverCollection
+from finelip_fast.serve.index_collection import IndexCollection
 from finelip_fast.serve.pipeline import Pipeline
 from finelip_fast.serve.settings import Limits, ServeSettings
 
@@ -26,7 +26,7 @@ ITEMS = 12
 LONG = "a red house beside a tall tree and a blue car " * 40
 
 
-class Holdings(RetrieverCollection):
+class Holdings(IndexCollection):
     """A retriever's items, reported as a shard's; records the sizes of searches, and blocks at a gate while it is shut."""
 
     def __init__(self, retriever: Retriever) -> None:

@@ -108,8 +108,8 @@ def test_a_shard_that_is_gone_is_told(
     served: ShardCollection, engine: Engine, folders: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A shard on another machine is still searched; operations that need its folder raise an error."""
-    elsewhere: dict[str, Any] = {str(folders[0]): served._here()[str(folders[0])]}
-    monkeypatch.setattr(served, "_here", lambda: elsewhere)
+    elsewhere: dict[str, Any] = {str(folders[0]): served._local_indexes()[str(folders[0])]}
+    monkeypatch.setattr(served, "_local_indexes", lambda: elsewhere)
     hits = served.search(engine.embed_texts(["night"]), 6).hits[0]
     assert len(hits) == 6
     assert {hit.path is None for hit in hits if hit.id.startswith("b")} == {True}

@@ -17,17 +17,24 @@ from finelip_fast.training.generator import GeneratorConfig, as_pixels, train_ge
 pytest.importorskip("diffusers")
 
 
-def trained(folder: Path, tokens: int) -> None:
+def trained(folder: Path, context_length: int) -> None:
     config = GeneratorConfig(
-        out=str(folder), tokens=tokens, scenes=64, size=16, channels=(8, 16), steps=1, batch_size=4, device="cpu"
+        out=str(folder),
+        context_length=context_length,
+        scenes=64,
+        image_size=16,
+        channels=(8, 16),
+        steps=1,
+        batch_size=4,
+        device="cpu",
     )
     train_generator(config, progress=False)
 
 
 def test_the_study_tells_how_much_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for tokens in (32, 77):
-        trained(tmp_path / f"of-{tokens}", tokens)
+    for context_length in (32, 77):
+        trained(tmp_path / f"of-{context_length}", context_length)
     command = [
         "study",
         "drawing",

@@ -137,7 +137,7 @@ def batches(count: int, *, workers: int = 0, skip: int = 0, **options: object) -
     return [batch.ids for batch, _ in zip(data, range(count), strict=False)]
 
 
-def same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
+def are_equal(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
     return all(
         first.shape == second.shape and torch.equal(first, second) for first, second in zip(left, right, strict=True)
     )
@@ -146,11 +146,11 @@ def same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
 def test_a_run_meets_the_same_captions_again_whatever_its_workers() -> None:
     """This includes restarts; the second epoch has other captions than the first."""
     expected = batches(4)
-    assert same(expected, batches(4, workers=2))
-    assert same(expected[3:], batches(1, skip=3))
+    assert are_equal(expected, batches(4, workers=2))
+    assert are_equal(expected[3:], batches(1, skip=3))
     first, second = ({tuple(ids.tolist()) for batch in half for ids in batch} for half in (expected[:2], expected[2:]))
     assert len(first & second) < len(first) / 2
-    assert not same(expected, batches(4, seed=1))
+    assert not are_equal(expected, batches(4, seed=1))
 
 
 def test_strangers_are_of_other_pictures() -> None:

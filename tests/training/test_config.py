@@ -43,16 +43,19 @@ def test_defaults_need_three_places_alone():
         ({"grounding": 1.0}, "expected train=scenes:.* with grounding, whose phrases have boxes, got 'jsonl:"),
         ({"grounding": 1.0, "train": "scenes:train:64:typos"}, "with grounding.* got 'scenes:train:64:typos'"),
         (
-            {"grounding": 1.0, "train": "scenes:train", "accumulate": 2},
+            {"grounding": 1.0, "train": "scenes:train", "accumulation_steps": 2},
             "expected accumulation separate with grounding or contextual, got 'cached'",
         ),
-        ({"contextual": 1.0, "accumulate": 2}, "expected accumulation separate with grounding or contextual, got"),
+        (
+            {"contextual": 1.0, "accumulation_steps": 2},
+            "expected accumulation separate with grounding or contextual, got",
+        ),
         ({"beta": 1.5}, r"expected beta in \[0, 1\], got 1.5"),
         ({"validation": "webdataset:x.tar"}, "expected validation of map-style data"),
         ({"preset": "ViT-H"}, "expected preset of .*, scenes, got 'ViT-H'"),
         ({"batch_size": 1}, "expected batch_size of at least 2, got 1"),
         ({"steps": 0}, "expected steps of at least 1, got 0"),
-        ({"accumulate": 0}, "expected accumulate of at least 1, got 0"),
+        ({"accumulation_steps": 0}, "expected accumulation_steps of at least 1, got 0"),
         ({"save_every": 0}, "expected save_every of at least 1, got 0"),
         ({"encoder_lr": -1e-3}, "expected encoder_lr of at least 0, got -0.001"),
         ({"aggregator_lr": float("nan")}, "expected aggregator_lr of at least 0, got nan"),
@@ -158,7 +161,7 @@ def test_a_shipped_recipe_loads(name):
 def test_the_authors_recipe():
     config = from_arguments(["finelip"])
     assert (config.loss, config.label_smoothing) == (("triplet:fine", "contrastive:global"), 0.1)
-    assert (config.batch_size * config.accumulate, config.accumulation) == (512, "separate")
+    assert (config.batch_size * config.accumulation_steps, config.accumulation) == (512, "separate")
     assert (config.encoder_lr, config.aggregator_lr, config.weight_decay) == (1e-6, 2e-4, 1e-2)
     assert (config.warmup_steps, config.margin, config.context_length, config.freeze_positions) == (200, 0.2, 256, 20)
 
@@ -205,15 +208,17 @@ def test_refuses_a_recipe_that_is_none(tmp_path, content, reason):
     assert str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize(("old", "name"), [("val", "validation"), ("image_root", "root")])
+@pytest.mark.parametrize(
+    ("old", "name"), [("val", "validation"), ("image_root", "root"), ("accumulate", "accumulation_steps")]
+)
 def test_a_field_of_an_old_recipe_answers_with_its_name_of_today(tmp_path, old, name, capsys):
     path = tmp_path / "recipe.json"
     path.write_text(json.dumps({old: "x"}))
     with pytest.raises(ConfigError, match=f"the field '{old}' is called '{name}' now"):
         from_arguments([str(path)])
-    flag = old.replace("_", "-")
-    assert cli.main(["train", f"--{flag}", "x"]) == 2
-    assert f"error: --{flag} is called --{name} now." in capsys.readouterr().err
+    flag, flag_now = (f"--{word.replace('_', '-')}" for word in (old, name))
+    assert cli.main(["train", flag, "x"]) == 2
+    assert f"error: {flag} is called {flag_now} now." in capsys.readouterr().err
 
 
 def test_refuses_an_unknown_recipe_and_a_run_without_places():

@@ -528,7 +528,7 @@ def merged(states):
     return state
 
 
-def taken(make, states, batches, world, **options):
+def take_on_all(make, states, batches, world, **options):
     """Return the batches of all processes, and their merged state afterwards."""
     streams = [make(rank=rank, world=world, **options) for rank in range(world)]
     for data in streams:
@@ -545,18 +545,18 @@ def test_other_processes_take_the_rest_of_the_epoch_once_each(worlds, count):
     for world in worlds:
         if len(drawn) + count * world * batch_size > size:
             break
-        batches, state = taken(lambda **options: stream(size, batch_size, **options), state, count, world)
+        batches, state = take_on_all(lambda **options: stream(size, batch_size, **options), state, count, world)
         drawn += [index for batch in flat(batches) for index in members(batch)]
     assert len(set(drawn)) == len(drawn) == state["pairs"]
-    (rest,) = taken(lambda **options: stream(size, batch_size, **options), state, (size - len(drawn)) // batch_size, 1)[
-        0
-    ]
+    (rest,) = take_on_all(
+        lambda **options: stream(size, batch_size, **options), state, (size - len(drawn)) // batch_size, 1
+    )[0]
     assert sorted(drawn + [index for batch in rest for index in members(batch)]) == list(range(size))
 
 
 def test_an_epoch_of_which_less_than_a_batch_is_left_is_over():
-    _, state = taken(lambda **options: stream(22, 4, **options), None, 5, 1)
-    batches, state = taken(lambda **options: stream(22, 4, **options), state, 1, 2)
+    _, state = take_on_all(lambda **options: stream(22, 4, **options), None, 5, 1)
+    batches, state = take_on_all(lambda **options: stream(22, 4, **options), state, 1, 2)
     assert state == {"epoch": 1, "pairs": 8}
     assert flat(members(batch) for batch in flat(batches)) == sampled(22, 8, epoch=1, seed=0)[0][0]
 
@@ -576,9 +576,9 @@ def test_shards_go_on_with_other_processes_and_workers_where_they_were(shards, b
         return read_shards(shards, batch_size=1, **options)
 
     (world, workers), (other_world, other_workers) = before, after
-    batches, state = taken(make, None, count, world, workers=workers, epoch_batches=12 // world)
+    batches, state = take_on_all(make, None, count, world, workers=workers, epoch_batches=12 // world)
     left = 12 - count * world if other_world == 1 else 4  # at least, from each process's shards
-    rest, state = taken(make, state, left, other_world, workers=other_workers, epoch_batches=12 // other_world)
+    rest, state = take_on_all(make, state, left, other_world, workers=other_workers, epoch_batches=12 // other_world)
     drawn = [index for batch in flat(batches) + flat(rest) for index in numbers(batch)]
     assert len(set(drawn)) == len(drawn) == count * world + left * other_world
     assert state["epoch"] == 0
@@ -588,19 +588,19 @@ def test_shards_of_which_some_were_read_twice_go_on_with_other_processes(shards)
     def make(**options):
         return read_shards(shards, batch_size=1, **options)
 
-    _, state = taken(make, None, 14, 1, epoch_batches=24)  # the second pass is two samples old
-    batches, _ = taken(make, state, 5, 2, epoch_batches=12)
+    _, state = take_on_all(make, None, 14, 1, epoch_batches=24)  # the second pass is two samples old
+    batches, _ = take_on_all(make, state, 5, 2, epoch_batches=12)
     assert len({index for batch in flat(batches) for index in numbers(batch)}) == 10
 
 
 @pytest.mark.parametrize("count", [1, 4, 5, 6, 8, 12, 13])
 def test_shards_of_as_many_processes_and_workers_go_on_to_the_bit(shards, count):
     """The run may have been resumed with other numbers before."""
-    _, state = taken(lambda **options: read_shards(shards, **options), None, 1, 1)
+    _, state = take_on_all(lambda **options: read_shards(shards, **options), None, 1, 1)
     make = lambda **options: read_shards(shards, workers=2, **options)  # noqa: E731
-    expected = taken(make, state, count + 4, 1)[0][0][count:]
-    _, later = taken(make, state, count, 1)
-    assert_same_batches(taken(make, later, 4, 1)[0][0], expected)
+    expected = take_on_all(make, state, count + 4, 1)[0][0][count:]
+    _, later = take_on_all(make, state, count, 1)
+    assert_same_batches(take_on_all(make, later, 4, 1)[0][0], expected)
 
 
 def test_an_earlier_versions_state_of_shards_needs_as_many_processes(shards):

@@ -47,8 +47,8 @@ LOSSES = {
 }
 CASES = {
     **{name: {"loss": loss, "batch_size": 4} for name, loss in LOSSES.items()},
-    "contrastive, cached": {"loss": LOSSES["contrastive"], "batch_size": 2, "accumulate": 2},
-    "triplet, cached": {"loss": LOSSES["triplet"], "batch_size": 2, "accumulate": 2},
+    "contrastive, cached": {"loss": LOSSES["contrastive"], "batch_size": 2, "accumulation_steps": 2},
+    "triplet, cached": {"loss": LOSSES["triplet"], "batch_size": 2, "accumulation_steps": 2},
     "contrastive, frozen": {"loss": LOSSES["contrastive"], "batch_size": 4, "freeze_positions": 3},
     "contrastive, on features": {"loss": LOSSES["contrastive"], "batch_size": 4, "unfreeze": "none", "features": "x"},
 }
@@ -82,7 +82,7 @@ def parameters_after_two_steps(options, rank, world):
     batches = iter(trainer.data)
     start = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     for trainer.step in range(2):
-        trainer._train_step([next(batches) for _ in range(config.accumulate)])
+        trainer._train_step([next(batches) for _ in range(config.accumulation_steps)])
     return start, trainer.model.state_dict()
 
 
@@ -157,7 +157,7 @@ def alone(ranks, monkeypatch):
     def run(name, **changes):
         folder, _ = ranks
         data = f"jsonl:{folder / 'pairs.jsonl'}"
-        options = CASES[name] | {"batch_size": 8, "accumulate": 1} | changes
+        options = CASES[name] | {"batch_size": 8, "accumulation_steps": 1} | changes
         return parameters_after_two_steps(
             {"train": data, "validation": data, "out": str(folder / "alone"), **options}, 0, 1
         )
@@ -202,7 +202,7 @@ def test_two_processes_step_as_one(ranks, alone, name):
 def test_negatives_of_other_processes_count(alone):
     """A step without the other process's negatives differs; otherwise the comparison above would be meaningless."""
     _, joint = alone("contrastive")
-    _, separate = alone("contrastive", batch_size=4, accumulate=2, accumulation="separate")
+    _, separate = alone("contrastive", batch_size=4, accumulation_steps=2, accumulation="separate")
     assert max((joint[key] - separate[key]).abs().max().item() for key in joint) > 1e-3
 
 

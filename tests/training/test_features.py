@@ -250,11 +250,12 @@ def losses(out: Path) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_training_on_features_is_one_without(configure: Configure, tmp_path: Path, accumulate: int) -> None:
+@pytest.mark.parametrize("accumulation_steps", [1, 2])
+def test_a_training_on_features_is_one_without(configure: Configure, tmp_path: Path, accumulation_steps: int) -> None:
     results = {}
     for name, features in (("with", str(tmp_path / "features")), ("without", "")):
-        results[name] = train(configure(out=str(tmp_path / name), features=features, accumulate=accumulate))
+        options = {"features": features, "accumulation_steps": accumulation_steps}
+        results[name] = train(configure(out=str(tmp_path / name), **options))
     assert losses(tmp_path / "with") == pytest.approx(losses(tmp_path / "without"), rel=1e-3)
     first, second = (checkpoint.load(tmp_path / name / "last").state_dict() for name in results)
     start = checkpoint.load(tmp_path / "base").state_dict()

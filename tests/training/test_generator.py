@@ -20,9 +20,9 @@ pytest.importorskip("diffusers")
 
 TINY = GeneratorConfig(
     out="",
-    tokens=32,
+    context_length=32,
     scenes=64,
-    size=16,
+    image_size=16,
     channels=(8, 16),
     steps=4,
     batch_size=4,
@@ -59,8 +59,8 @@ def test_a_run_that_was_stopped_draws_what_one_in_one_go_draws(tmp_path: Path, m
     assert pictures.shape == (2, 3, 16, 16)
     assert torch.equal(pictures, expected)
     assert (resumed.draw(captions[:1], steps=2)[0] - expected[0]).abs().max() < 1e-4  # whatever else is in the batch
-    with pytest.raises(ConfigError, match="holds a run of other tokens: give another --out"):
-        trained(tmp_path / "halves", tokens=77)
+    with pytest.raises(ConfigError, match="holds a run of other context_length: give another --out"):
+        trained(tmp_path / "halves", context_length=77)
 
 
 def test_captions_are_read_up_to_the_tokens_that_were_asked_for() -> None:
@@ -68,13 +68,13 @@ def test_captions_are_read_up_to_the_tokens_that_were_asked_for() -> None:
     features, mask = Condition(load(), 77)([caption, ""])
     assert features.shape == (2, 77, 128)
     assert mask.sum(dim=1).tolist() == [77, 2]
-    with pytest.raises(ConfigError, match=r"expected tokens in 3\.\.256, got 300"):
+    with pytest.raises(ConfigError, match=r"expected context_length in 3\.\.256, got 300"):
         Condition(load(), 300)
 
 
 def test_what_cannot_be_trained_or_drawn_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match=r"expected size a multiple of 4, .* got 18"):
-        trained(tmp_path / "odd", size=18)
+    with pytest.raises(ConfigError, match=r"expected image_size a multiple of 4, .* got 18"):
+        trained(tmp_path / "odd", image_size=18)
     with pytest.raises(ConfigError, match=r"cannot read .*config\.json"):
         Generator.load(tmp_path)
     (tmp_path / "file").touch()
@@ -94,7 +94,7 @@ def test_what_cannot_be_trained_or_drawn_is_said(tmp_path: Path, monkeypatch: py
 def test_the_script_says_what_it_takes() -> None:
     script = Path(__file__).parents[2] / "training/generator.py"
     answer = subprocess.run([sys.executable, "-P", str(script), "--help"], capture_output=True, text=True, check=True)
-    assert "--tokens" in answer.stdout
+    assert "--context-length" in answer.stdout
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ def steps(trainer, count):
     """Run the trainer's first steps without the surrounding loop; yield the logged values of each."""
     batches = iter(trainer.data)
     for _ in range(count):
-        yield trainer._train_step([next(batches) for _ in range(trainer.config.accumulate)])
+        yield trainer._train_step([next(batches) for _ in range(trainer.config.accumulation_steps)])
         trainer.step += 1
 
 
@@ -144,7 +144,7 @@ def test_the_schedule_reaches_every_group(configure):
 
 
 def test_frozen_positions_stay_to_the_bit_while_the_others_move(configure):
-    config = configure(freeze_positions=4, weight_decay=0.5, accumulate=2, batch_size=4, ema_decay=0.5)
+    config = configure(freeze_positions=4, weight_decay=0.5, accumulation_steps=2, batch_size=4, ema_decay=0.5)
     before, after = stepped(config, 3)
     name = "text.positional_embedding"
     assert torch.equal(before[name][:4], after[name][:4])
@@ -160,8 +160,8 @@ def test_frozen_positions_stay_to_the_bit_while_the_others_move(configure):
 def test_a_cached_step_equals_one_over_the_whole_batch(configure, loss):
     fixed = {"loss": loss, "encoder_lr": 0.1, "aggregator_lr": 0.1, "weight_decay": 0.0}
     before, expected = stepped(configure(**fixed, batch_size=16), 2, plain=True)
-    for accumulate in (2, 4):
-        _, cached = stepped(configure(**fixed, batch_size=16 // accumulate, accumulate=accumulate), 2, plain=True)
+    for passes in (2, 4):
+        _, cached = stepped(configure(**fixed, batch_size=16 // passes, accumulation_steps=passes), 2, plain=True)
         for name, value in expected.items():
             torch.testing.assert_close(
                 cached[name], value, rtol=1e-6, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
@@ -174,7 +174,7 @@ def test_a_separate_step_is_another_one(configure):
     """Negatives come from each pass alone: this is documented as another loss, and must stay different."""
     fixed = {"encoder_lr": 0.1, "aggregator_lr": 0.1, "weight_decay": 0.0}
     _, joint = stepped(configure(**fixed, batch_size=16), plain=True)
-    _, separate = stepped(configure(**fixed, batch_size=8, accumulate=2, accumulation="separate"), plain=True)
+    _, separate = stepped(configure(**fixed, batch_size=8, accumulation_steps=2, accumulation="separate"), plain=True)
     assert distance(joint, separate) > 1e-4
 
 
@@ -183,7 +183,7 @@ def test_gradient_checkpointing_gives_the_same_step(configure):
     trainer = Trainer(configure(gradient_checkpointing=True), CPU)
     assert trainer.model.visual.transformer.grad_checkpointing
     assert trainer.model.text.transformer.grad_checkpointing
-    _, recomputed = stepped(configure(gradient_checkpointing=True, accumulate=2, batch_size=4), 2, plain=True)
+    _, recomputed = stepped(configure(gradient_checkpointing=True, accumulation_steps=2, batch_size=4), 2, plain=True)
     assert distance(expected, recomputed) < 1e-6 < 1e-4 < distance(before, expected)
 
 
@@ -351,7 +351,7 @@ def test_the_alpha_of_the_best_validation_is_the_checkpoints(configure, monkeypa
 @pytest.mark.parametrize("accumulation", ["cached", "separate"])
 def test_frozen_weights_stay_and_the_others_learn(configure, monkeypatch, tmp_path, accumulation):
     monkeypatch.setitem(PRESETS, "tiny", TINY.replace(vision_layers=2, text_layers=2))
-    options = {"batch_size": 4, "accumulate": 2, "accumulation": accumulation, "freeze_positions": 3}
+    options = {"batch_size": 4, "accumulation_steps": 2, "accumulation": accumulation, "freeze_positions": 3}
     start = Trainer(configure(out=str(tmp_path / "start"), **options), CPU).model.state_dict()
     for unfreeze, ahead in (("last:1", r"resblocks\.0|conv1|embedding|ln_pre"), ("none", r"^(visual|text)\.")):
         out = tmp_path / unfreeze.replace(":", "-")
@@ -540,7 +540,7 @@ def test_a_broken_validation_picture_is_left_out(configure, damaged, capsys):
 # --- Resuming after an interruption ------------------------------------------------------------------------------
 
 # Everything with a state: averaged weights, both cached passes, an epoch of two steps, six steps in all.
-LASTING = {"steps": 6, "save_every": 2, "eval_every": 3, "ema_decay": 0.9, "accumulate": 2, "batch_size": 4}
+LASTING = {"steps": 6, "save_every": 2, "eval_every": 3, "ema_decay": 0.9, "accumulation_steps": 2, "batch_size": 4}
 
 
 @pytest.fixture(scope="module")
@@ -595,7 +595,7 @@ def test_a_run_whose_state_has_former_names_goes_on_to_the_bit(configure, tmp_pa
     train(configure(**LASTING, stop_at=3))
     path = tmp_path / "run" / "state.pt"
     state = torch.load(path, weights_only=True)
-    for old, name in (("val", "validation"), ("image_root", "root")):
+    for old, name in (("val", "validation"), ("image_root", "root"), ("accumulate", "accumulation_steps")):
         state["config"][old] = state["config"].pop(name)
     del state["config"]["augment"], state["config"]["alpha"]  # unknown to that version
     torch.save(state, path)
@@ -666,7 +666,7 @@ def copied(uninterrupted, tmp_path, data):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"steps": 5}, {"loss": ["triplet:fine"]}, {"batch_size": 8, "accumulate": 1}, {"seed": 3}]
+    "changes", [{"steps": 5}, {"loss": ["triplet:fine"]}, {"batch_size": 8, "accumulation_steps": 1}, {"seed": 3}]
 )
 def test_going_on_differently_is_refused(copied, changes):
     config = copied(**changes)
@@ -1009,7 +1009,7 @@ def test_shards_of_less_than_a_batch_are_mended_by_fewer_workers_or_a_smaller_on
 @pytest.mark.parametrize(
     ("message", "changes", "options"),
     [
-        ("expected accumulation separate", {"accumulation": "separate"}, {"grounding": 0.1, "accumulate": 2}),
+        ("expected accumulation separate", {"accumulation": "separate"}, {"grounding": 0.1, "accumulation_steps": 2}),
         ("found none; use --device cpu", {"device": "cpu"}, {"device": "cuda"}),
         ("or pass --no-tensorboard", {"tensorboard": False}, {"tensorboard": True}),
     ],

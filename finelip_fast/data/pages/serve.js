@@ -11,7 +11,7 @@ const at = (id) => document.getElementById(id);
 const number = new Intl.NumberFormat("en");
 const plural = (count, noun) => `${number.format(count)} ${noun}${count === 1 ? "" : "s"}`;
 
-let info = { fields: [], aggregated: false, alpha: 1, items: 0, writable: false, limits: {}, context: 0, warning: null };
+let info = { fields: [], aggregated: false, alpha: 1, items: 0, writable: false, limits: {}, warning: null };
 let search = readLink(location.search);
 /** What is shown: the items so far, and how the next are asked for; null where these are all. */
 let shown = { link: null, items: [], next: null };
@@ -251,11 +251,11 @@ function countTokens() {
   waiting = setTimeout(async () => {
     const answer = await ask("v1/tokens", { method: "POST", json: { text }, signal }).catch(() => null);
     if (!answer || signal.aborted) return;
-    const { tokens, context, cut_at: end } = answer;
+    const { tokens, context_length: length, cut_at: end } = answer;
     const read = end === null ? text : [...text].slice(0, end).join("");
     [inside.textContent, beyond.textContent] = [read, text.slice(read.length)];
     at("count").classList.toggle("over", end !== null);
-    at("count").textContent = `${number.format(tokens)} of ${number.format(context)} tokens${end === null ? "" : "; what is struck out is not read"}`;
+    at("count").textContent = `${number.format(tokens)} of ${number.format(length)} tokens${end === null ? "" : "; what is struck out is not read"}`;
   }, 150);
 }
 

@@ -40,7 +40,7 @@ def ceiling(scenes: Sequence[Scene], remaining: Sequence[Sequence[Stretch]]) -> 
         members = slice(first, first + FAMILY_SIZE)
         family, parts = scenes[members], remaining[members]
         contents = [_details(scene) for scene in family]
-        statements = [set(_told(scene, stretches)) for scene, stretches in zip(family, parts, strict=True)]
+        statements = [set(_mentioned_details(scene, stretches)) for scene, stretches in zip(family, parts, strict=True)]
         suits = [[details <= content for content in contents] for details in statements]
         t2i += sum(1 / sum(row) for row in suits)
         i2t += sum(1 / sum(column) for column in zip(*suits, strict=True))
@@ -53,7 +53,7 @@ def _details(scene: Scene) -> set[Detail]:
     return objects | {(-1, "time", scene.time), (-1, "weather", scene.weather)}
 
 
-def _told(scene: Scene, stretches: Sequence[Stretch]) -> Iterator[Detail]:
+def _mentioned_details(scene: Scene, stretches: Sequence[Stretch]) -> Iterator[Detail]:
     """Yield the details that the given spans of a scene's caption mention."""
 
     def remains(place: int) -> bool:

@@ -170,11 +170,11 @@ def _redraw(content: Content, rng: Random) -> Content:
     place = rng.randrange(-1, len(content.objects))
     if place < 0:
         name = rng.choice(Content._fields[:2])
-        return content._replace(**{name: _other(getattr(content, name), _CHOICES["scene"][name], rng)})
+        return content._replace(**{name: _different_value(getattr(content, name), _CHOICES["scene"][name], rng)})
     old = content.objects[place]
     while True:
         name, choices = rng.choice(_details(old))
-        new = replace(old, **{name: _other(getattr(old, name), choices, rng)})
+        new = replace(old, **{name: _different_value(getattr(old, name), choices, rng)})
         if _is_legible(new):
             return content._replace(objects=(*content.objects[:place], new, *content.objects[place + 1 :]))
 
@@ -186,7 +186,7 @@ def _details(placed: Placed) -> list[tuple[str, tuple[Any, ...]]]:
     return list(_CHOICES[placed.what].items())
 
 
-def _other(value: Any, choices: tuple[Any, ...], rng: Random) -> Any:
+def _different_value(value: Any, choices: tuple[Any, ...], rng: Random) -> Any:
     """Choose a value other than ``value``; an optional detail may become absent."""
     if None in choices and value is not None and rng.random() < _ABSENT:
         return None

@@ -32,7 +32,7 @@ from finelip_fast._arguments import as_embeddings, listed, matrices
 from finelip_fast.errors import InputError, StoreError
 from finelip_fast.index.arrays import checksums
 from finelip_fast.index.catalogue import Catalogue, Item
-from finelip_fast.index.checks import as_json, as_queries, check_ids, missing, taken
+from finelip_fast.index.checks import as_json, as_queries, check_ids, id_conflict, missing
 from finelip_fast.index.reader import spec_differences
 from finelip_fast.index.remote.rows import Batch, Keys, refuse_damaged
 from finelip_fast.index.remote.tables import (
@@ -280,7 +280,7 @@ class LanceStore:
     def _refuse_known(self, ids: Sequence[str], dataset: Any) -> None:
         present = self._present(ids, dataset)
         if present:
-            raise taken([item for item in ids if item in present], "pass other ids", "store")
+            raise id_conflict([item for item in ids if item in present], "pass other ids", "store")
 
     def _take_back(self, ids: Sequence[str], dataset: Any) -> None:
         """After others have written since the ids were checked, undo the last addition if its ids are no longer new.

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from finelip_fast.errors import InputError, KernelError
-from finelip_fast.kernels.clim.gradient_triton import GradientSettings, gradient, scores_with_winners
+from finelip_fast.kernels.clim.gradient_triton import ClimGradientSettings, gradient, scores_with_winners
 from finelip_fast.kernels.clim.launches import ClimSettings
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -28,7 +28,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("poisoned_memory")]
 
 SMALL = ClimSettings(block_items=16, queries_per_program=2, block_width=32)
-SMALL_BACK = GradientSettings(block_sets=2, block_width=32)
+SMALL_BACK = ClimGradientSettings(block_sets=2, block_width=32)
 
 
 def make(*shape, seed=0, device="cpu"):
@@ -117,7 +117,7 @@ def test_gradient_equals_float64s(
     queries = maker(n_queries, query_tokens, width, seed=seed, device=device)
     items = maker(n_items, item_tokens, width, seed=seed + 1, device=device)
     grad = draw_grad(n_queries, n_items, device, seed)
-    actual = backward(grad, queries, items, alpha=alpha, cut_back=GradientSettings(block_sets, 32))
+    actual = backward(grad, queries, items, alpha=alpha, cut_back=ClimGradientSettings(block_sets, 32))
     if 0 in (query_tokens, item_tokens):
         assert not any(t.any() for t in actual)
     else:
