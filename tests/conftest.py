@@ -30,6 +30,9 @@ from finelip_fast.model import FineLIP
 # The tensors are small: with more threads than free cores, nearly all the time would be spent waiting.
 torch.set_num_threads(1)
 
+# Read when Ray is imported: its monitor would end workers because of the memory that other processes take.
+os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
+
 # Profile of the fuzz tests, `@settings(settings.get_profile("fuzz"))`: bounded by default; `FINELIP_FUZZ=100000` runs long.
 settings.register_profile(
     "fuzz",
