@@ -33,6 +33,10 @@ torch.set_num_threads(1)
 # Read when Ray is imported: its monitor would end workers because of the memory that other processes take.
 os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
 
+# Profile of all tests: how long an example takes is the machine's matter.
+settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tests")
+
 # Profile of the fuzz tests, `@settings(settings.get_profile("fuzz"))`: bounded by default; `FINELIP_FUZZ=100000` runs long.
 settings.register_profile(
     "fuzz",
