@@ -218,25 +218,30 @@ def hears_interrupts() -> Iterator[None]:
 
 
 @pytest.fixture
-def as_a_guest() -> Callable[[Path], AbstractContextManager[None]]:
+def as_a_guest(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], AbstractContextManager[None]]:
     """Return a context manager in which the process may read a folder and its surroundings, but write nothing."""
+    shared = tmp_path_factory.getbasetemp().parents  # other processes of the same run work below them
 
     @contextmanager
     def guest(folder: Path) -> Iterator[None]:
-        closed = [path for path in folder.absolute().parents if path.stat().st_mode & 0o777 == 0o700]
-        before = {path: path.stat().st_mode for path in [*folder.rglob("*"), folder, *closed]}
-        for path in before:
-            path.chmod(0o555 if path.is_dir() else 0o444)
-        is_root = os.geteuid() == 0
-        if is_root:  # root may write everywhere
-            os.seteuid(65534)
-        try:
-            yield
-        finally:
-            if is_root:
-                os.seteuid(0)
-            for path, mode in before.items():
-                path.chmod(mode)
+        import fcntl
+
+        with Path(__file__).open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # no other guest changes the shared folders back meanwhile
+            closed = [path for path in folder.absolute().parents if path.stat().st_mode & 0o777 == 0o700]
+            before = {path: path.stat().st_mode for path in [*folder.rglob("*"), folder, *closed]}
+            for path in before:
+                path.chmod(0o755 if path in shared else 0o555 if path.is_dir() else 0o444)
+            is_root = os.geteuid() == 0
+            if is_root:  # root may write everywhere
+                os.seteuid(65534)
+            try:
+                yield
+            finally:
+                if is_root:
+                    os.seteuid(0)
+                for path, mode in before.items():
+                    path.chmod(mode)
 
     return guest
 
