@@ -30,6 +30,13 @@ from finelip_fast.model import FineLIP
 # The tensors are small: with more threads than free cores, nearly all the time would be spent waiting.
 torch.set_num_threads(1)
 
+# Read when Ray is imported: its monitor would end workers because of the memory that other processes take.
+os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
+
+# Profile of all tests: how long an example takes is the machine's matter.
+settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tests")
+
 # Profile of the fuzz tests, `@settings(settings.get_profile("fuzz"))`: bounded by default; `FINELIP_FUZZ=100000` runs long.
 settings.register_profile(
     "fuzz",
@@ -211,25 +218,30 @@ def hears_interrupts() -> Iterator[None]:
 
 
 @pytest.fixture
-def as_a_guest() -> Callable[[Path], AbstractContextManager[None]]:
+def as_a_guest(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], AbstractContextManager[None]]:
     """Return a context manager in which the process may read a folder and its surroundings, but write nothing."""
+    shared = tmp_path_factory.getbasetemp().parents  # other processes of the same run work below them
 
     @contextmanager
     def guest(folder: Path) -> Iterator[None]:
-        closed = [path for path in folder.absolute().parents if path.stat().st_mode & 0o777 == 0o700]
-        before = {path: path.stat().st_mode for path in [*folder.rglob("*"), folder, *closed]}
-        for path in before:
-            path.chmod(0o555 if path.is_dir() else 0o444)
-        is_root = os.geteuid() == 0
-        if is_root:  # root may write everywhere
-            os.seteuid(65534)
-        try:
-            yield
-        finally:
-            if is_root:
-                os.seteuid(0)
-            for path, mode in before.items():
-                path.chmod(mode)
+        import fcntl
+
+        with Path(__file__).open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # no other guest changes the shared folders back meanwhile
+            closed = [path for path in folder.absolute().parents if path.stat().st_mode & 0o777 == 0o700]
+            before = {path: path.stat().st_mode for path in [*folder.rglob("*"), folder, *closed]}
+            for path in before:
+                path.chmod(0o755 if path in shared else 0o555 if path.is_dir() else 0o444)
+            is_root = os.geteuid() == 0
+            if is_root:  # root may write everywhere
+                os.seteuid(65534)
+            try:
+                yield
+            finally:
+                if is_root:
+                    os.seteuid(0)
+                for path, mode in before.items():
+                    path.chmod(mode)
 
     return guest
 
@@ -265,7 +277,8 @@ def browser() -> Iterator[Any]:
         pytest.skip("there is no Chromium: apt-get install chromium, or dnf install chromium")
     is_root = hasattr(os, "geteuid") and os.geteuid() == 0
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"] if is_root else [])
+        arguments = ["--no-sandbox"] if is_root else []
+        browser = playwright.chromium.launch(executable_path=program, args=arguments, timeout=300_000)
         yield browser
         browser.close()
 

@@ -99,7 +99,8 @@ def index_images(
 
     Raises:
         InputError: A number below 1, or metadata that JSON cannot hold.
-        EngineError: Ray is not installed or cannot be reached, the workers die repeatedly, or one opens another checkpoint.
+        EngineError: Ray is not installed, does not start or cannot be reached, the workers die repeatedly, or one of them
+            opens another checkpoint.
         CheckpointError, StoreError: Same as for :class:`finelip_fast.Retriever`; pictures added before the error stay.
     """
     for name, value in (("workers", workers), ("batch_size", batch_size), ("chunk_size", chunk_size)):

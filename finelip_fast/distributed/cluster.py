@@ -35,7 +35,7 @@ def cluster(cpus: float) -> Iterator[Any]:
         The module ``ray``.
 
     Raises:
-        EngineError: Ray is not installed, or the cluster at ``RAY_ADDRESS`` cannot be reached.
+        EngineError: Ray is not installed or does not start, or the cluster at ``RAY_ADDRESS`` cannot be reached.
     """
     global _users, _handler
     ray = import_ray()
@@ -43,7 +43,11 @@ def cluster(cpus: float) -> Iterator[Any]:
         started_here = _users > 0 or not ray.is_initialized()
         if started_here and not _users:
             _handler = signal.getsignal(signal.SIGTERM)
-            _connect(ray, cpus)
+            try:
+                _connect(ray, cpus)
+            except BaseException:
+                _handle(_handler)  # Ray replaces it first of all
+                raise
             if callable(_handler):  # a command's own handler, which ends it as documented; Ray replaces it
                 _handle(_handler)
         _users += started_here
@@ -100,13 +104,24 @@ def _connect(ray: Any, cpus: float) -> None:
                 "to use only this machine"
             ) from None
         return
-    ray.init(
-        address="local",
-        num_cpus=max(math.ceil(cpus), os.cpu_count() or 1),
-        include_dashboard=False,
-        object_store_memory=_OBJECT_STORE,
-        **quiet,
-    )
+    for is_last in (False, True):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=max(math.ceil(cpus), os.cpu_count() or 1),
+                include_dashboard=False,
+                object_store_memory=_OBJECT_STORE,
+                **quiet,
+            )
+            return
+        except Exception as error:  # also a bare one, if Ray's processes do not answer within its fixed 30 s
+            ray.shutdown()
+            if is_last:
+                reason = told(error).rstrip(".")
+                raise EngineError(
+                    f"Ray does not start on this machine, tried twice: {reason}; try again when the machine is less busy, "
+                    "or start a cluster with 'ray start --head' and give its address in RAY_ADDRESS"
+                ) from None
 
 
 def _knock(address: str) -> None:

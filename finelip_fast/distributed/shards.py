@@ -80,7 +80,7 @@ class Shards:
 
     Raises:
         InputError: No folder, a duplicate folder, or an unknown ``partial``.
-        EngineError: Ray is not installed or cannot be reached.
+        EngineError: Ray is not installed, does not start or cannot be reached.
         StoreError: A folder without an index, indexes of different checkpoints, or shards that do not start.
     """
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from finelip_fast.diffusion import extend, prompt_embeddings
@@ -34,7 +34,6 @@ def read(pipeline: Any, text: str, length: int) -> Any:
         return pipeline.text_encoder_2(ids, output_hidden_states=True)
 
 
-@settings(deadline=None)  # the first example is slow
 @given(
     tokens=st.lists(st.integers(0, 9), max_size=60),
     room=st.integers(1, 20),

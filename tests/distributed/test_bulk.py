@@ -135,8 +135,10 @@ def test_workers_that_die_lose_and_double_nothing(
     monkeypatch.setattr(bulk._Pool, "worker", Dying)
     for number, name in ((3, "03-once"), (17, "17-always")):
         (photos / f"{number:02}.png").rename(photos / f"{name}.png")
-    report = add(photos, tmp_path / "index", checkpoint)
-    ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+    try:
+        report = add(photos, tmp_path / "index", checkpoint)
+    finally:
+        ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
     assert report.added == COUNT - 2
     assert reasons(report)["17-always.png"] == "the worker died on this file"
     assert reasons(report).keys() == {"17-always.png", "07.png", "notes.txt"}

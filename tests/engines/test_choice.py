@@ -270,14 +270,18 @@ def test_a_build_that_fails_says_why(bare: Path, monkeypatch: pytest.MonkeyPatch
         open_engine("onnx", bare, "cpu", build=True)
 
 
-def test_int8_is_refused_where_products_saturate(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_int8_is_refused_where_products_saturate(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from finelip_fast.engines import onnx
 
-    export_onnx(checkpoint, precision="int8", data=PAIRS, progress=False)
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(checkpoint, folder)  # other tests expect no int8 in theirs
+    export_onnx(folder, precision="int8", data=PAIRS, progress=False)
     monkeypatch.setattr(onnx, "adds_bytes_exactly", lambda: False)
     with pytest.raises(EngineError, match="8-bit products saturate"):
-        open_engine("onnx", checkpoint, "cpu", precision="int8")
-    assert "not onnx int8: 8-bit products saturate on this processor" in open_engine("auto", checkpoint, "cpu").reason
+        open_engine("onnx", folder, "cpu", precision="int8")
+    assert "not onnx int8: 8-bit products saturate on this processor" in open_engine("auto", folder, "cpu").reason
 
 
 def test_a_retriever_gives_the_same_with_every_engine(checkpoint: Path) -> None:

@@ -10,6 +10,7 @@ import sys
 import time
 from contextlib import closing
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -26,18 +27,32 @@ def after(model: dict[str, int], change: list) -> dict[str, int]:
     return left if kind == "delete" else left | dict(zip(ids, values, strict=True))
 
 
+def acknowledged(stream: IO[bytes], count: int) -> list[bytes]:
+    """Read lines until so many changes are acknowledged."""
+    lines = []
+    for line in stream:
+        lines.append(line)
+        if line == b'["done"]\n':
+            count -= 1
+            if not count:
+                break
+    return lines
+
+
 def test_a_killed_writer_loses_nothing_and_leaves_nothing_half_done(tmp_path: Path) -> None:
     """Run ``FINELIP_KILLS=100 pytest tests/index/test_killed_writer.py`` for more rounds."""
     model: dict[str, int] = {}
     changes = 0
     for seed in range(ROUNDS):
+        choose = random.Random(seed)
         command = [sys.executable, str(VICTIM), str(tmp_path / "index"), str(seed)]
         with subprocess.Popen(command, stdout=subprocess.PIPE) as victim:
             assert victim.stdout is not None
-            first = victim.stdout.readline()  # the writer has begun
-            time.sleep(random.Random(seed).uniform(0, 0.3))
+            output = acknowledged(victim.stdout, choose.randint(2, 30))
+            time.sleep(choose.uniform(0, 0.02))
             victim.kill()
-            lines = [json.loads(line) for line in [first, *victim.stdout.readlines()] if line.endswith(b"\n")]
+            output += victim.stdout.readlines()
+        lines = [json.loads(line) for line in output if line.endswith(b"\n")]
         pending = None
         for word, *change in lines:
             if word == "begin":

@@ -37,13 +37,14 @@ def encoded(image: Image.Image, kind: str = "PNG") -> str:
 
 
 async def talk(app: FastAPI, messages: list[Any], **scope: Any) -> list[dict[str, Any]]:
-    """Return what an application sends to a client of these messages; each is an ASGI message, or seconds to wait."""
+    """Return what an application sends to a client of these messages: ASGI messages, and seconds or events to wait for."""
     sent: list[dict[str, Any]] = []
     waiting = list(messages)
 
     async def receive() -> dict[str, Any]:
         while waiting and not isinstance(waiting[0], dict):
-            await asyncio.sleep(waiting.pop(0))
+            pause = waiting.pop(0)
+            await (pause.wait() if isinstance(pause, asyncio.Event) else asyncio.sleep(pause))
         if waiting:
             return waiting.pop(0)
         await asyncio.Event().wait()
@@ -86,7 +87,7 @@ def running(app: FastAPI, **options: Any) -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()
-        until = time.monotonic() + 60
+        until = time.monotonic() + 300
         while not server.started and thread.is_alive() and time.monotonic() < until:
             time.sleep(0.01)
         try:

@@ -11,7 +11,7 @@ from functools import cache
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -102,7 +102,6 @@ def sampled(size, batch_size, world=1, epoch=0, **options):
     return shares
 
 
-@settings(deadline=None)
 @given(
     group=st.integers(1, 4),
     groups_in_batch=st.integers(1, 3),
@@ -538,7 +537,6 @@ def take_on_all(make, states, batches, world, **options):
     return batches, merged([data.state_dict() for data in streams])
 
 
-@settings(deadline=None)
 @given(worlds=st.lists(st.sampled_from([1, 2, 3]), min_size=1, max_size=4), count=st.integers(1, 3))
 def test_other_processes_take_the_rest_of_the_epoch_once_each(worlds, count):
     size, batch_size, state, drawn = 60, 2, None, []
