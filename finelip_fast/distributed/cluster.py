@@ -117,7 +117,7 @@ def _connect(ray: Any, cpus: float) -> None:
         except Exception as error:  # also a bare one, if Ray's processes do not answer within its fixed 30 s
             ray.shutdown()
             if is_last:
-                reason = told(error).rstrip(".")
+                reason = reason_of(error).rstrip(".")
                 raise EngineError(
                     f"Ray does not start on this machine, tried twice: {reason}; try again when the machine is less busy, "
                     "or start a cluster with 'ray start --head' and give its address in RAY_ADDRESS"

@@ -185,7 +185,7 @@ def read_evaluation(path: str | Path) -> Evaluation:
 def _nested(row: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of a :class:`Row` from the output of :meth:`Row.to_dict`."""
     ranks = {way: row.pop(f"{way}_ranks", None) for way in WAYS}
-    about = {name: row.pop(name) for name in ("context_length", "score", "intervals") if name in row}
+    about: dict[str, Any] = {name: row.pop(name) for name in ("context_length", "score", "intervals") if name in row}
     return {**about, "ranks": ranks, "metrics": row}
 
 
