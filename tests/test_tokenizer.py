@@ -408,7 +408,9 @@ def test_the_package_that_reads_them_is_named_where_it_is_missing(siglip_tokeniz
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"not gzip", gzip.compress(b"a b\n" * 9), gzip.compress(b"a b\n" * 60_000)[:-20]]
+    "content",
+    [b"", b"not gzip", gzip.compress(b"a b\n" * 9), gzip.compress(b"a b\n" * 60_000)[:-20]],
+    ids=["empty", "another format", "short", "truncated"],
 )
 def test_a_damaged_vocabulary_says_what_brings_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
