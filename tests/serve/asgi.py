@@ -37,13 +37,14 @@ def encoded(image: Image.Image, kind: str = "PNG") -> str:
 
 
 async def talk(app: FastAPI, messages: list[Any], **scope: Any) -> list[dict[str, Any]]:
-    """Return what an application sends to a client of these messages; each is an ASGI message, or seconds to wait."""
+    """Return what an application sends to a client of these messages: ASGI messages, and seconds or events to wait for."""
     sent: list[dict[str, Any]] = []
     waiting = list(messages)
 
     async def receive() -> dict[str, Any]:
         while waiting and not isinstance(waiting[0], dict):
-            await asyncio.sleep(waiting.pop(0))
+            pause = waiting.pop(0)
+            await (pause.wait() if isinstance(pause, asyncio.Event) else asyncio.sleep(pause))
         if waiting:
             return waiting.pop(0)
         await asyncio.Event().wait()

@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 
 from finelip_fast import FineLIPError
+from finelip_fast.serve import batching
 from finelip_fast.serve.batching import Batcher, DeadlineExceeded, Draining, Overloaded
+
+HANG_SECONDS = 300.0  # after which an event that has not happened never will
 
 
 class Doubling:
@@ -24,7 +27,7 @@ class Doubling:
     def __call__(self, key: Any, items: Sequence[Any]) -> list[Any]:
         self.batches.append((key, list(items)))
         self.entered.set()
-        assert self.gate.wait(10)
+        assert self.gate.wait(HANG_SECONDS)
         for item in items:
             if isinstance(item, BaseException):
                 raise item
@@ -35,21 +38,20 @@ def batcher(process: Any, **changes: Any) -> Batcher[Any, Any, Any]:
     return Batcher(process, **({"name": "test", "max_batch": 8, "wait": 0.0, "capacity": 16} | changes))
 
 
-def soon(seconds: float = 10.0) -> float:
+def soon(seconds: float = HANG_SECONDS) -> float:
     return asyncio.get_running_loop().time() + seconds
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    for _ in range(2000):
-        if condition():
-            return
+    end = soon()
+    while not condition():
+        assert asyncio.get_running_loop().time() < end, "it never happened"
         await asyncio.sleep(0.005)
-    raise AssertionError("it never happened")
 
 
 def run(coroutine: Coroutine[Any, Any, None]) -> None:
     async def bounded() -> None:
-        await asyncio.wait_for(coroutine, 30)
+        await asyncio.wait_for(coroutine, HANG_SECONDS)
 
     asyncio.run(bounded())
 
@@ -121,22 +123,32 @@ def test_a_single_client_never_waits_for_company() -> None:
     run(scenario())
 
 
-def test_with_company_an_item_waits_for_others_and_no_longer_than_told() -> None:
-    async def scenario() -> None:
-        process = Doubling()
-        queue = batcher(process, max_batch=3, wait=0.2)
+def test_with_company_an_item_waits_for_others_and_no_longer_than_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batching, "_COMPANY_SECONDS", HANG_SECONDS)
+
+    async def in_company(process: Doubling, queue: Batcher[Any, Any, Any]) -> None:
         first = await behind_a_shut_gate(process, queue)
         pair = [asyncio.create_task(queue.submit("a", [n], deadline=soon())) for n in (1, 2)]
         await until(lambda: len(queue) == 2)
         process.gate.set()
         await asyncio.gather(first, *pair)
-        tasks = []
-        for number in (3, 4, 5):  # a full batch does not wait
-            tasks.append(asyncio.create_task(queue.submit("a", [number], deadline=soon())))
-            await asyncio.sleep(0.01)
-        await asyncio.gather(*tasks)
+
+    async def scenario() -> None:
+        process = Doubling()
+        queue = batcher(process, max_batch=3, wait=3600.0)
+        await in_company(process, queue)
+        pair = [asyncio.create_task(queue.submit("a", [n], deadline=soon())) for n in (3, 4)]
+        await until(lambda: len(queue) == 2)
+        assert await queue.submit("a", [5], deadline=soon()) == [10]  # a full batch does not wait
+        await asyncio.gather(*pair)
+        assert process.batches[2:] == [("a", [3, 4, 5])]
+        await queue.close()
+
+        process = Doubling()
+        queue = batcher(process, max_batch=3, wait=0.2)
+        await in_company(process, queue)
         assert await queue.submit("a", [6], deadline=soon()) == [12]
-        assert process.batches[2:] == [("a", [3, 4, 5]), ("a", [6])]
+        assert process.batches[2:] == [("a", [6])]
         await queue.close()
 
     run(scenario())
@@ -277,8 +289,8 @@ def test_closing_answers_what_is_queued_and_refuses_the_rest() -> None:
         await queue.start()
         first = await behind_a_shut_gate(process, queue)
         waiting = [asyncio.create_task(queue.submit("a", [n], deadline=soon())) for n in range(3)]
+        await until(lambda: len(queue) == 3)
         late = asyncio.create_task(queue.submit("a", [9], deadline=soon(0.1)))
-        await until(lambda: len(queue) == 4)
         closing = asyncio.create_task(queue.close())
         await asyncio.sleep(0)
         with pytest.raises(Draining, match="stopping"):
@@ -295,7 +307,7 @@ def test_closing_answers_what_is_queued_and_refuses_the_rest() -> None:
 
 def test_several_workers_process_side_by_side() -> None:
     async def scenario() -> None:
-        barrier = threading.Barrier(3, timeout=10)
+        barrier = threading.Barrier(3, timeout=HANG_SECONDS)
 
         def process(key: Any, items: Sequence[int]) -> list[int]:
             barrier.wait()
@@ -349,7 +361,9 @@ def test_a_storm_leaves_nothing_behind() -> None:
         async def client(seed: int) -> None:
             for step in range(20):
                 key, number = seed % 3, (seed * 7 + step) % 17
-                task = asyncio.create_task(queue.submit(key, [number], deadline=soon(0.001 if step % 5 == 0 else 10)))
+                task = asyncio.create_task(
+                    queue.submit(key, [number], deadline=soon(0.001 if step % 5 == 0 else HANG_SECONDS))
+                )
                 if step % 7 == 3:
                     await asyncio.sleep(0)
                     task.cancel()

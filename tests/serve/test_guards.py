@@ -6,12 +6,14 @@ import asyncio
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
 
 from finelip_fast.errors import InputError, StoreError
+from finelip_fast.serve import health
 from finelip_fast.serve.guards import check_exposure, host_name
 from finelip_fast.serve.settings import Limits, ServeSettings
 
@@ -257,11 +259,12 @@ def test_a_body_that_comes_slowly_is_given_up(open_client: OpenClient) -> None:
 
 def test_a_client_that_goes_away_frees_its_place(open_client: OpenClient, monkeypatch: Any) -> None:
     app: Any = open_client().app
-    ended: list[str] = []
+    begun, ended = asyncio.Event(), []
 
     async def embed(*_: Any, **__: Any) -> Any:
+        begun.set()
         try:
-            await asyncio.sleep(30)
+            await asyncio.sleep(300)
         except asyncio.CancelledError:
             ended.append("cancelled")
             raise
@@ -269,21 +272,23 @@ def test_a_client_that_goes_away_frees_its_place(open_client: OpenClient, monkey
     monkeypatch.setattr(app.state.serving.pipeline, "embed_texts", embed)
     body = json.dumps(SEARCH).encode()
     for messages in (
-        [part(body, more_body=False), 0.05, {"type": "http.disconnect"}],
+        [part(body, more_body=False), begun, {"type": "http.disconnect"}],
         [part(body[:5]), {"type": "http.disconnect"}],
     ):
-        assert asyncio.run(asyncio.wait_for(talk(app, messages, headers=CHUNKED), 5)) == []
+        assert asyncio.run(asyncio.wait_for(talk(app, messages, headers=CHUNKED), 300)) == []
     assert ended == ["cancelled"]
 
 
 def test_a_request_has_a_deadline(open_client: OpenClient, monkeypatch: Any) -> None:
     client = open_client(timeout=0.1)
+    server = client.app.state.serving  # pyright: ignore
 
     async def embed(*_: Any, **__: Any) -> Any:
-        await asyncio.sleep(30)
+        await asyncio.sleep(300)
 
-    monkeypatch.setattr(client.app.state.serving.pipeline, "embed_texts", embed)  # pyright: ignore
+    monkeypatch.setattr(server.pipeline, "embed_texts", embed)
     assert fault(client.post("/v1/search", json=SEARCH), 504, "deadline")["type"] == "timeout_error"
+    server.settings = replace(server.settings, timeout=300)  # what follows is not refused for being slow
     assert client.get("/v1/info").status_code == 200
 
 
@@ -298,9 +303,10 @@ def test_ready_means_that_it_searches(client: TestClient, monkeypatch: Any) -> N
         "search",
         lambda *words, **options: searches.append(words) or search(*words, **options),
     )
+    monkeypatch.setattr(health, "_SECONDS", 3600.0)
     for _ in range(5):
         assert client.get("/health/ready").json() == {"status": "ready"}
-    assert len(searches) == 1  # less than a second has passed
+    assert len(searches) == 1
     client.app.state.serving.state = "draining"  # pyright: ignore
     assert client.get("/health/ready").json() == {"status": "draining"}
     fault(client.post("/v1/search", json=SEARCH), 503, "not_ready")
