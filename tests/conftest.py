@@ -277,7 +277,8 @@ def browser() -> Iterator[Any]:
         pytest.skip("there is no Chromium: apt-get install chromium, or dnf install chromium")
     is_root = hasattr(os, "geteuid") and os.geteuid() == 0
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"] if is_root else [])
+        arguments = ["--no-sandbox"] if is_root else []
+        browser = playwright.chromium.launch(executable_path=program, args=arguments, timeout=300_000)
         yield browser
         browser.close()
 

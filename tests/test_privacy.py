@@ -62,7 +62,7 @@ def test_no_connection_and_no_file_elsewhere(make_model: Callable[..., FineLIP],
         env={"PATH": "/usr/bin:/bin", "HOME": str(home), "TMPDIR": str(scratch), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=1500,
     )
     assert process.returncode == 0, process.stderr
     lines = calls.read_text().splitlines() if calls.exists() else []

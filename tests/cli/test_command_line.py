@@ -151,7 +151,7 @@ def test_streams_that_nobody_reads_keep_the_work(
     (tmp_path / "work.py").write_text(WORK)
     command, _, reader = redirection.partition("|")
     line = f'{{ "{sys.executable}" work.py done {command}; echo $? > code; }}' + (f" | {reader}" if reader else "")
-    result = subprocess.run(["sh", "-c", line], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
+    result = subprocess.run(["sh", "-c", line], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300)
     assert (tmp_path / "code").read_text() == f"{code}\n"
     assert (tmp_path / "done").read_bytes() == b""  # the work is kept, and nothing else was written into its file
     assert result.stdout == out

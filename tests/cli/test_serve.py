@@ -256,7 +256,7 @@ def test_the_browser_is_opened_once_the_server_answers(serve, served, monkeypatc
     addresses: Queue[str] = Queue()
     monkeypatch.setattr(webbrowser, "open", lambda address: addresses.put(address) or True)
     assert serve("--open")[0] == 0
-    assert addresses.get(timeout=10) == "http://127.0.0.1:8123"
+    assert addresses.get(timeout=300) == "http://127.0.0.1:8123"
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ BUSY = "locked"
 # Raised when reading item by item, if another process has compacted the rest meanwhile.
 COMPACTED = "read it again"
 # A process that has not answered this many seconds after the end hangs.
-PATIENCE = 120.0
+PATIENCE = 600.0
 
 Model = dict[str, int]  # id to the number in its metadata, from which its embedding is made
 
@@ -294,7 +294,7 @@ def run_process(spec: IndexSpec, options: argparse.Namespace) -> None:
     """Report that everything is imported, read the end time, and work until then."""
     print("ready", flush=True)
     until = float(input())
-    faulthandler.dump_traceback_later(until - time.time() + PATIENCE / 2)
+    faulthandler.dump_traceback_later(max(0.0, until - time.time()) + PATIENCE / 2)
     run_threads(spec, options.folder, options.journals, options, process=options.process, until=until)
 
 

@@ -169,7 +169,7 @@ def test_a_folder_cannot_be_made_where_nothing_may_be(folder: Path, as_a_guest: 
 
 def test_little_memory_is_an_error(tmp_path: Path) -> None:
     script = Path(__file__).with_name("starve_an_index.py")
-    run = subprocess.run([sys.executable, script, tmp_path / "index"], capture_output=True, text=True, timeout=300)
+    run = subprocess.run([sys.executable, script, tmp_path / "index"], capture_output=True, text=True, timeout=1500)
     assert run.returncode == 0, run.stderr
     outcomes = [line.split(maxsplit=2) for line in run.stdout.splitlines()]
     assert [columns for columns in outcomes if columns[2] not in ("right", "error")] == []

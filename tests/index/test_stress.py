@@ -22,7 +22,7 @@ SECONDS = os.environ.get("FINELIP_STRESS", "5")
 def test_nothing_is_lost_or_wrong_under_stress(options: list[str]) -> None:
     """Run ``FINELIP_STRESS=600 pytest tests/index/test_stress.py`` for longer."""
     command = [sys.executable, str(SCRIPT), "--seconds", SECONDS, *options]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=float(SECONDS) + 200)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=float(SECONDS) + 1500)
     assert ended.stdout, ended.stderr
     report = json.loads(ended.stdout)
     assert (report["faults"], report["errors"]) == ({}, {}), ended.stdout + ended.stderr

@@ -48,7 +48,7 @@ def test_one_row_is_run_by_all_threads_and_opens_nothing() -> None:
 
 
 def test_parts_run_at_the_same_time() -> None:
-    together = threading.Barrier(2, timeout=20)
+    together = threading.Barrier(2, timeout=300)
 
     def meeting(batch: Tensor) -> Tensor:
         together.wait()

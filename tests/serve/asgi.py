@@ -87,7 +87,7 @@ def running(app: FastAPI, **options: Any) -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()
-        until = time.monotonic() + 60
+        until = time.monotonic() + 300
         while not server.started and thread.is_alive() and time.monotonic() < until:
             time.sleep(0.01)
         try:

@@ -141,7 +141,7 @@ def test_what_another_process_changes_is_seen(
     stored, before = served.embeddings_of(["1.png"])["1.png"], served.version()
     assert served.search(-stored[None], 1).hits[0][0].id != "new"
     command = [sys.executable, "-P", "-c", script, str(tmp_path / "index")]
-    subprocess.run(command, check=True, timeout=60)
+    subprocess.run(command, check=True, timeout=300)
     assert served.version() > before
     assert served.search(-stored[None], 1).hits[0][0].id == "new"
     assert [field.name for field in served.fields()] == ["colour"]
