@@ -130,11 +130,11 @@ def test_what_each_block_of_queries_reads_again_is_counted():
 def test_peers_rows_are_kept_as_long_as_versions_are_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(compile_table, "OUT", tmp_path / "kernels.json")
     versions = {"triton": "3.8.0", "flash-maxsim": "0.3.0"}
-    assert compile_table.kept(versions) == {}
+    assert compile_table.recorded_rows(versions) == {}
     peer = ROW | {"package": "flash-maxsim"}
     compile_table.OUT.write_text(json.dumps({"versions": versions, "rows": [ROW, peer]}))
-    assert compile_table.kept(versions) == {80: [peer]}
-    assert compile_table.kept(versions | {"triton": "3.9.0"}) == {}
+    assert compile_table.recorded_rows(versions) == {80: [peer]}
+    assert compile_table.recorded_rows(versions | {"triton": "3.9.0"}) == {}
 
 
 def test_the_page_of_this_repository_is_current():
