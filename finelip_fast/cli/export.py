@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from finelip_fast.cli.commands import PRECISIONS, Group, Several, shows_progress
+from finelip_fast.cli.commands import PRECISIONS, Group, Several, is_quiet
 from finelip_fast.cli.values import OneOf
 
 _RENAMED = {"--pairs": "--data"}
@@ -52,7 +52,7 @@ def _onnx(checkpoint: str | None, **options: Any) -> Any:
     """
     from finelip_fast.export.to_onnx import run
 
-    return run(checkpoint, **options, progress=shows_progress())
+    return run(checkpoint, **options, progress=not is_quiet())
 
 
 @export.command("trt", renamed=_RENAMED)
@@ -100,4 +100,4 @@ def _trt(checkpoint: str | None, **options: Any) -> Any:
     """
     from finelip_fast.export.to_trt import run
 
-    return run(checkpoint, **options, progress=shows_progress())
+    return run(checkpoint, **options, progress=not is_quiet())

@@ -81,7 +81,10 @@ class ShardCollection:
     ) -> Found:
         alpha = self.alpha if alpha is None else self.engine.config.choose_alpha(share("alpha", alpha))
         result = self._shards.search(queries, whole_number("k", k), alpha=alpha, mode=mode, where=where)
-        roots = {folder: index.root for folder, index in self._local_indexes().items()}
+        roots: dict[str, Path | None] = {}
+        for folder, index in self._local_indexes().items():
+            with suppress(StoreError):  # its folder is gone, and its shard missing
+                roots[folder] = index.root
 
         def hit(query: int, rank: int, item: ShardItem) -> Hit:
             bare = Hit(

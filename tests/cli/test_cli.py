@@ -261,7 +261,7 @@ def test_two_stages_are_tuned_with_items_or_with_texts(
         Path("queries.jsonl").write_text(line)
         assert message in fails(*arguments)
     Path("queries.jsonl").write_bytes(b"\x89PNG")
-    assert "cannot read the queries queries.jsonl: expected UTF-8" in fails(*arguments)
+    assert "queries.jsonl: expected UTF-8 text" in fails(*arguments)
     Path("queries.jsonl").unlink()
     assert "cannot read queries.jsonl: No such file" in fails(*arguments)
     os.mkfifo("queries.jsonl")

@@ -190,7 +190,7 @@ def test_a_lost_catalogue_is_not_taken_for_an_empty_index(folder: Path) -> None:
 
 def test_an_index_of_another_checkpoint_is_refused_and_stays_as_it_is(folder: Path) -> None:
     other_spec = IndexSpec(checkpoint="xyz", tokens=4, width=64)
-    with pytest.raises(StoreError, match=r"'checkpoint': 'abc'.*'checkpoint': 'xyz'"):
+    with pytest.raises(StoreError, match=r"checkpoint 'abc'.*checkpoint 'xyz'"):
         Index(other_spec, folder)
     with closing(Index(SPEC, folder)) as index:
         assert index.ids == ["a", "b"]

@@ -17,6 +17,7 @@ from finelip_fast import Retriever
 from finelip_fast.distributed import Shards
 from finelip_fast.engines import Engine, open_engine
 from finelip_fast.errors import InputError, StoreError
+from finelip_fast.index import Index
 from finelip_fast.serve.collection import Upload
 from finelip_fast.serve.shard_collection import ShardCollection
 
@@ -124,3 +125,20 @@ def test_shards_of_another_checkpoint_are_refused(served: ShardCollection, make_
     finelip_fast.save(make_model(seed=1, context_length=40, vision_layers=1, text_width=32), tmp_path / "other")
     with pytest.raises(StoreError, match="open them with the checkpoint that made them"):
         ShardCollection(open_engine("torch", tmp_path / "other", "cpu"), served._shards)
+
+
+def test_a_folder_that_is_gone_leaves_the_hits_of_the_others(
+    served: ShardCollection, engine: Engine, folders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hits' paths need the roots of the indexes here, one of which may have been removed since."""
+    root = Index.root.fget
+    assert root is not None
+
+    def root_of(index: Index) -> Path | None:
+        if index.folder == folders[0]:
+            raise StoreError("the folder is gone")
+        return root(index)
+
+    monkeypatch.setattr(Index, "root", property(root_of))
+    (hits,) = served.search(engine.embed_texts(["a red house"]), 6).hits
+    assert {hit.metadata["shard"]: hit.path is None for hit in hits} == {"a": True, "b": False}
