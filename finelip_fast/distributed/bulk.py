@@ -29,11 +29,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from finelip_fast import errors as _errors
+from finelip_fast._arguments import whole_number
 from finelip_fast._files import read_bytes, write_error
 from finelip_fast.collection import item_id, list_folder, plan, prepare_root, relabel
 from finelip_fast.distributed.cluster import cluster, reason_of
 from finelip_fast.engines import Engine, EngineName, open_engine
-from finelip_fast.errors import EngineError, ImageError, InputError, StoreError
+from finelip_fast.errors import EngineError, ImageError, StoreError
 from finelip_fast.index import Index, StoredDtype, Written
 from finelip_fast.index.arrays import locked
 from finelip_fast.index.segments import encode, write_segment
@@ -98,14 +99,13 @@ def index_images(
         The number of added pictures, and the skipped files with reasons, including files on which workers died.
 
     Raises:
-        InputError: A number below 1, or metadata that JSON cannot hold.
+        InputError: A number below 1 or not whole, or metadata that JSON cannot hold.
         EngineError: Ray is not installed, does not start or cannot be reached, the workers die repeatedly, or one of them
             opens another checkpoint.
         CheckpointError, StoreError: Same as for :class:`finelip_fast.Retriever`; pictures added before the error stay.
     """
-    for name, value in (("workers", workers), ("batch_size", batch_size), ("chunk_size", chunk_size)):
-        if value < 1:
-            raise InputError(f"expected {name} of at least 1, got {value}")
+    workers, batch_size = whole_number("workers", workers), whole_number("batch_size", batch_size)
+    chunk_size = whole_number("chunk_size", chunk_size)
     report = FolderReport()
     is_folder = isinstance(files, (str, PathLike)) and os.path.isdir(files)
     with cluster(workers * cpus) as ray:

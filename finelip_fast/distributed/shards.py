@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from finelip_fast._arguments import listed, one_of, whole_number
 from finelip_fast.distributed.cluster import cluster, reason_of
 from finelip_fast.errors import InputError, StoreError
 from finelip_fast.index import Index, IndexSpec, stored_index
@@ -93,11 +94,10 @@ class Shards:
         cpus: float = 1,
         gpus: float = 0,
     ) -> None:
-        names = [str(folder) for folder in folders]
+        names = [str(folder) for folder in listed("folders", folders)]
         if not names or len(set(names)) < len(names):
             raise InputError(f"expected unique folders of indexes, got {names}")
-        if partial not in get_args(Partial):
-            raise InputError(f"expected partial to be one of {', '.join(get_args(Partial))}, got {partial!r}")
+        one_of("partial", partial, get_args(Partial))
         self.partial, self.timeout = partial, timeout
         self._lock = threading.Lock()
         self._resources = ExitStack()
@@ -166,8 +166,7 @@ class Shards:
             InputError: ``k < 1``, queries that are not such embeddings, an unknown mode, or an invalid filter.
             StoreError: With ``partial="refuse"``: shards are missing; names them.
         """
-        if k < 1:
-            raise InputError(f"expected k of at least 1, got {k}")
+        k = whole_number("k", k)
         answers, missing = self._ask(_as_array(as_queries(queries, self.spec.width)), k, alpha, mode, where)
         if missing and self.partial == "refuse":
             reasons = "; ".join(f"{folder}: {reason}" for folder, reason in missing.items())

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from finelip_fast._arguments import one_of
 from finelip_fast._terminal import printable
 from finelip_fast.errors import InputError
 from finelip_fast.explain import pictures
@@ -281,8 +282,7 @@ class Explanation:
         return pictures.page(self, path)
 
     def _check_map(self, tokens: str) -> None:
-        if tokens not in MAPS:
-            raise InputError(f"expected tokens to be one of {', '.join(MAPS)}, got {tokens!r}")
+        one_of("tokens", tokens, MAPS)
         if tokens not in self.maps:
             raise InputError(
                 f"expected tokens='raw', got {tokens!r}: this checkpoint has no trained aggregators; train them (finelip "

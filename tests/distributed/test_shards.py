@@ -155,6 +155,7 @@ def test_they_know_how_many_items_there_are(shards: Shards) -> None:
     ("options", "message"),
     [
         ({"k": 0}, "expected k of at least 1, got 0"),
+        ({"k": "3"}, "expected k to be an integer"),
         ({"k": 1, "mode": "fast"}, "expected mode to be one of"),
         ({"k": 1, "where": "number <"}, "filter|expected"),
     ],
@@ -265,6 +266,7 @@ def test_a_folder_without_an_index_is_refused(together: tuple[list[Path], Index]
         ([], {}, "expected unique folders of indexes, got []"),
         (["a", "a"], {}, "expected unique folders of indexes, got ['a', 'a']"),
         (["a"], {"partial": "some"}, "expected partial to be one of refuse, mark, got 'some'"),
+        ("folder", {}, "expected folders to be a list"),
     ],
 )
 def test_wrong_settings_are_refused(folders: list[str], options: dict[str, Any], message: str) -> None:
