@@ -17,21 +17,27 @@ from finelip_fast.runtimes.manifest import MANIFEST, Manifest
 _NAMES, _SUFFIXES = (MANIFEST, *parity.REPORTS), (".onnx", ".data", ".plan")
 
 
-def export_path(out: str | os.PathLike[str]) -> Path:
-    """Return the absolute path of a folder that an export may replace.
+def export_path(out: str | os.PathLike[str], *, keep_failed: bool) -> Path:
+    """Return the absolute path of a folder that an export may replace, as it may replace ``failed-…`` beside it.
 
     Raises:
-        InputError: The folder has contents that are not an export's, and would lose them.
+        InputError: A folder has contents that are not an export's, and would lose them.
     """
     folder = Path(os.path.abspath(out))
-    names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-    foreign = [name for name in names if name not in _NAMES and Path(name).suffix not in _SUFFIXES]
-    if foreign:
-        raise InputError(
-            f"expected a new folder for the export, an empty one or that of an earlier export, got {str(folder)!r}, which "
-            f"has other contents ({', '.join(foreign):.80}) and would lose them; give another --out (out=)"
-        )
+    for path in (folder, _failed(folder)) if keep_failed else (folder,):
+        names = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+        foreign = [name for name in names if name not in _NAMES and Path(name).suffix not in _SUFFIXES]
+        if foreign:
+            raise InputError(
+                f"expected a new folder for the export, an empty one or that of an earlier export, got {str(path)!r}, "
+                f"which has other contents ({', '.join(foreign):.80}) and would lose them; give another --out (out=)"
+            )
     return folder
+
+
+def _failed(folder: Path) -> Path:
+    """Folder for files that were refused."""
+    return folder.with_name(f"failed-{folder.name}")
 
 
 @contextmanager
@@ -48,10 +54,9 @@ def being_written(folder: Path, keep_failed: bool) -> Iterator[Path]:
         _take_place(partial, folder)
     except FineLIPError as error:
         if keep_failed and isinstance(error, EngineError):
-            failed = folder.with_name(f"failed-{folder.name}")
-            shutil.rmtree(failed, ignore_errors=True)
+            shutil.rmtree(_failed(folder), ignore_errors=True)
             with suppress(OSError):
-                partial.rename(failed)
+                partial.rename(_failed(folder))
         raise
     except OSError as error:
         raise write_error(folder, error) from error

@@ -86,7 +86,9 @@ def export_onnx(
         raise InputError(f"expected extras of {EXTRAS}, got {sorted(unknown)}")
     if opset < graphs.LEAST_OPSET:
         raise InputError(f"expected opset of at least {graphs.LEAST_OPSET}, got {opset}")
-    folder = exports_folder(checkpoint) / f"onnx-{precision}" if out is None else export_path(out)
+    folder = (
+        exports_folder(checkpoint) / f"onnx-{precision}" if out is None else export_path(out, keep_failed=keep_failed)
+    )
     model = checkpoints.load(checkpoint) if reference is None else reference.model
     fingerprint = checkpoints.fingerprint(model)
     names = ["image", "text", *extras]

@@ -91,7 +91,9 @@ def export_trt(
     builder = builder or Builder()
     target = find_target(compute_capability)
     folder = (
-        _folder(checkpoint, precision, target.compute_capability, builder.strip) if out is None else export_path(out)
+        _folder(checkpoint, precision, target.compute_capability, builder.strip)
+        if out is None
+        else export_path(out, keep_failed=keep_failed)
     )
     _check_gpu_options(builder, refit is not None)
     old = None if refit is None else _read_refittable(Path(refit), precision)

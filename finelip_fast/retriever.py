@@ -308,7 +308,7 @@ class Retriever(Embedder):
         root = root_of(self.index, [folder])
         fields = None if metadata is None else read_fields(metadata, root, base=folder)
         listing = list_folder(folder, root, exclude=exclude, include=include, fields=fields, index=self._folder)
-        prepare_root(self.index, [root])
+        prepare_root(self.index, [root])  # after all that may fail: what failed leaves no root
         return self._follow(listing, root, sync, batch_size, progress)
 
     def add_files(
@@ -369,7 +369,7 @@ class Retriever(Embedder):
         base = table.parent if root is None else folder_path("root", root)
         index_root = root_of(self.index, [base])
         listing = list_table(table, index_root, base=base, image_field=image_field)
-        prepare_root(self.index, [index_root])
+        prepare_root(self.index, [index_root])  # as in add_folder
         return self._follow(listing, index_root, False, batch_size, progress)
 
     def _follow(

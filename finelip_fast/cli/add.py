@@ -161,8 +161,9 @@ def _check_tables(
     """Read all tables, so that an error in one comes before anything is embedded."""
     from finelip_fast.collection import read_fields
 
-    for folder in sources.folders if metadata else []:
-        read_fields(metadata or "", root, base=folder)
+    if metadata is not None:
+        for folder in sources.folders:
+            read_fields(metadata, root, base=folder)
     for table in sources.tables:
         read_fields(table, root, base=base, image_field=image_field)
 
@@ -191,7 +192,7 @@ def _forecast(
                 base,
                 exclude=exclude,
                 include=include,
-                fields=read_fields(metadata, base, base=folder) if metadata else None,
+                fields=None if metadata is None else read_fields(metadata, base, base=folder),
                 index=Path(index),
             )
             for folder in sources.folders

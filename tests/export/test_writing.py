@@ -171,6 +171,14 @@ def test_new_empty_and_earlier_folders_may_be_replaced(
 ) -> None:
     (tmp_path / "empty").mkdir()
     for folder in (tmp_path / "new", tmp_path / "empty", checkpoint / "exports" / "onnx-fp32"):
-        assert export_path(folder) == folder
+        assert export_path(folder, keep_failed=True) == folder
     monkeypatch.chdir(tmp_path / "empty")
-    assert export_path(".") == tmp_path / "empty"
+    assert export_path(".", keep_failed=True) == tmp_path / "empty"
+
+
+def test_what_is_kept_of_a_failure_replaces_no_other_folder(tmp_path: Path) -> None:
+    (tmp_path / "failed-out").mkdir()
+    (tmp_path / "failed-out" / "notes.txt").touch()
+    with pytest.raises(InputError, match=r"got '.*failed-out', which has other contents \(notes\.txt\)"):
+        export_path(tmp_path / "out", keep_failed=True)
+    assert export_path(tmp_path / "out", keep_failed=False) == tmp_path / "out"
