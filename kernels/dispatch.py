@@ -59,11 +59,13 @@ def describe() -> Choice:
 
 
 def _why_no_kernels(kind: str, index: int | None) -> str:
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get(VARIABLE) == "triton"
+    if kind != "cuda" and not interpreted:
+        return f"the fused kernels need a CUDA device, not {kind}"
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if kind != "cuda":
-        interpreted = os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get(VARIABLE) == "triton"
-        return "" if interpreted else f"the fused kernels need a CUDA device, not {kind}"
+        return ""
     capability = _capability(index)
     if capability < LOWEST_CAPABILITY:
         return f"the fused kernels need compute capability {LOWEST_CAPABILITY / 10}, this GPU has {capability / 10}"

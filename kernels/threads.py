@@ -37,6 +37,15 @@ def side_by_side(function: Callable[[T], R], values: Sequence[T]) -> list[R]:
     return list(map(call, values) if pool is None or len(values) < 2 else pool.map(call, values))
 
 
+def size_of_blocks(total: int, largest: int) -> int:
+    """Size of blocks, from 1 to ``largest``, that divides a total evenly among the threads, or leaves it undivided."""
+    count = -(-total // largest)
+    if count > 1:
+        threads = torch.get_num_threads()
+        count = -(-count // threads) * threads
+    return max(1, -(-total // max(1, count)))
+
+
 def alone(function: Callable[[], R]) -> R:
     """Call a function on a single thread, because its operations take less time than threads take to synchronise.
 

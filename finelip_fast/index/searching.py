@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -30,8 +32,11 @@ from finelip_fast.index.standing import FEWEST, stands_out
 from finelip_fast.index.store import Store
 from finelip_fast.index.view import View
 from finelip_fast.kernels.clim.sketch import BITS, check_bits
+from finelip_fast.kernels.threads import side_by_side
 
 _TUNING, _SKETCH = "tuning", "sketch"
+# With so few queries, what is computed of their hits is too short to be shared among threads.
+_FEW_QUERIES = 8
 
 
 @dataclass(frozen=True)
@@ -132,7 +137,11 @@ class Searcher:
         if items is None:
             return None
         view.refuse_damaged(items.values())
-        global_scores, fine_scores = parts_of_scores(view, queries, rows, fine=not self.spec.is_global)
+        calls: list[Callable[[], Any]] = [partial(parts_of_scores, view, queries, rows, fine=not self.spec.is_global)]
+        if count >= FEWEST and len(queries):
+            calls.append(partial(sampled_scores, view, queries, alpha=alpha, among=among))
+        are_short = view.device.type == "cpu" and len(queries) <= _FEW_QUERIES
+        (global_scores, fine_scores), *sampled = (side_by_side if are_short else map)(_called, calls)
         try:
             hits = [[items[position] for position in row] for row in positions.tolist()]
         except KeyError as error:
@@ -140,9 +149,8 @@ class Searcher:
                 f"the catalogue of the index at {self.folder} is damaged: it has no item at position {error}; "
                 f"{remedies.restore(self.folder)}"
             ) from None
-        scores, standing = scores.cpu(), None
-        if count >= FEWEST and len(queries):
-            standing = stands_out(scores, sampled_scores(view, queries, alpha=alpha, among=among).cpu(), count, alpha)
+        scores = scores.cpu()
+        standing = stands_out(scores, sampled[0].cpu(), count, alpha) if sampled else None
         return SearchResults(scores, global_scores, fine_scores, view.numbers(rows), hits, chosen, standing)
 
     def first_stage(self, view: View, mode: Mode, alpha: float) -> CandidateSource | None:
@@ -222,6 +230,10 @@ class Searcher:
             )
         self.store.refuse_if_fixed()
         self.store.catalogue.keep(_TUNING, None if tuning is None else asdict(tuning))
+
+
+def _called(function: Callable[[], Any]) -> Any:
+    return function()
 
 
 def _tuning(**recorded: Any) -> Tuning:

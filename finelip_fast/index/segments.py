@@ -19,7 +19,7 @@ import os
 import uuid
 import zlib
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,7 @@ from finelip_fast.index.arrays import (
     DIGEST,
     STORED,
     Contents,
+    Place,
     UnavailableError,
     checksums,
     digest,
@@ -50,10 +51,13 @@ from finelip_fast.index.copies import Copies, Kind, drop_foreign, int8_kind
 from finelip_fast.kernels import QuantizedItems, quantize, quantize_items
 from finelip_fast.kernels.clim.quantize import error_terms
 from finelip_fast.kernels.clim.rows import dequantize
+from finelip_fast.kernels.threads import side_by_side
 
 DTYPES = ("float16", "int8")
 
 _ROWS_AT_ONCE = 1024
+# Rows of which one each is looked for in memory before more are read, and rows that one thread copies at once.
+_PROBED, _COPIED_AT_ONCE = 32, 256
 _EXPONENT = 0x7C00  # exponent of a float16: all its bits are set in infinity and NaN
 
 
@@ -187,6 +191,8 @@ class Segment:
             return lambda: _copy_rows(self.arrays, rows, targets)
         if os.fstat(descriptor).st_size != contents.size:
             raise _shortened(path)
+        if len(rows) > _PROBED and _are_cached(descriptor, [contents.places[name] for name in targets], rows):
+            return lambda: _copy_rows(self.arrays, rows, targets)
         ranges = []
         for name, target in targets.items():
             size = target.nbytes // max(1, len(rows))
@@ -268,7 +274,26 @@ def _shortened(path: Path) -> StoreError:
 
 def _copy_rows(arrays: dict[str, Tensor], rows: Tensor, targets: dict[str, Tensor]) -> None:
     for name, target in targets.items():
-        target.copy_(arrays[name][rows])
+
+        def copy(first: int, array: Tensor = arrays[name], target: Tensor = target) -> None:
+            part = slice(first, first + _COPIED_AT_ONCE)
+            torch.index_select(array, 0, rows[part], out=target[part])
+
+        side_by_side(copy, range(0, len(rows), _COPIED_AT_ONCE))
+
+
+def _are_cached(descriptor: int, places: Sequence[Place], rows: Tensor) -> bool:
+    """Whether the system has these rows in memory, judged by some of them; False if it does not say."""
+    if not hasattr(os, "RWF_NOWAIT"):
+        return False
+    byte = bytearray(1)
+    with suppress(OSError):  # among them BlockingIOError: not in memory
+        for place in places:
+            size = (place.stop - place.start) // place.shape[0]
+            for row in rows[:: len(rows) // _PROBED].tolist():
+                os.preadv(descriptor, [byte], place.start + size * row, os.RWF_NOWAIT)
+        return True
+    return False
 
 
 def _are_finite(stored: dict[str, Tensor]) -> list[bool]:

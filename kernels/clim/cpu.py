@@ -31,7 +31,7 @@ from torch import Tensor
 
 from finelip_fast.kernels import cpu
 from finelip_fast.kernels.clim.formula import LEAKY_SLOPE
-from finelip_fast.kernels.threads import side_by_side
+from finelip_fast.kernels.threads import side_by_side, size_of_blocks
 
 # With fewer columns than this, a maximum over an outer axis is not vectorised.
 _BLOCK_QUERIES = 64
@@ -123,7 +123,7 @@ def _scores_along_items(
     per_item = len(tokens) * item_tokens
     largest = max(1, min(max(_LEAST_ALONG, _ALONG_ELEMENTS // (item_tokens * width)), _TILE_ELEMENTS // per_item))
     least = -(-_LEAST_SHARED_WORK // (per_item * width))
-    size = min(largest, max(least, -(-n_items // torch.get_num_threads())))
+    size = size_of_blocks(n_items, min(largest, max(least, -(-n_items // torch.get_num_threads()))))
     shares = (1 - alpha) * torch.tensor([1 / query_tokens] * query_tokens + [1 / item_tokens] * item_tokens)
 
     def block_scores(start: int) -> Tensor:

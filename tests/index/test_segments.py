@@ -65,6 +65,28 @@ def test_a_segment_in_int8_is_its_integers_with_the_global_rows_as_they_were(tmp
     assert torch.equal(segment.embeddings(rows), expected[rows])
 
 
+@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="the system does not say what it has in memory")
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+@pytest.mark.parametrize("cached", [True, False])
+def test_many_rows_are_read_from_the_disk_only_if_they_are_not_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: bool, dtype: str
+) -> None:
+    segment, _ = new_segment(tmp_path, random(1000), dtype)
+    rows = torch.randperm(1000, generator=torch.Generator().manual_seed(0))[:700]
+    preadv, from_disk = os.preadv, []
+
+    def watched(descriptor, buffers, offset, flags=0):
+        if not flags:
+            from_disk.append(offset)
+        elif not cached:
+            raise BlockingIOError
+        return preadv(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", watched)
+    assert torch.equal(read(segment, rows), segment.embeddings(rows))
+    assert bool(from_disk) != cached
+
+
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
 def test_the_global_embeddings_lie_side_by_side(tmp_path: Path, dtype: str) -> None:
     segment, _ = new_segment(tmp_path, random(5), dtype)

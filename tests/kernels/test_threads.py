@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from finelip_fast.kernels import threads as kernel_threads
-from finelip_fast.kernels.threads import alone, side_by_side
+from finelip_fast.kernels.threads import alone, side_by_side, size_of_blocks
 
 
 @pytest.fixture(params=[1, 2, 3], autouse=True)
@@ -120,3 +120,11 @@ if (child := os.fork()) == 0:
 raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
     subprocess.run([sys.executable, "-P", "-c", program], check=True, timeout=300)
+
+
+@pytest.mark.parametrize(("total", "largest"), [(0, 5), (5, 5), (6, 5), (3_200, 630), (20_000, 630), (7, 1)])
+def test_blocks_are_small_enough_and_divide_the_work_evenly(threads: int, total: int, largest: int) -> None:
+    size = size_of_blocks(total, largest)
+    assert 1 <= size <= largest
+    blocks_of_a_thread = -(-len(range(0, total, size)) // threads)
+    assert total <= largest or blocks_of_a_thread * size < total / threads + blocks_of_a_thread
