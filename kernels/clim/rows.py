@@ -26,7 +26,7 @@ _COPY_BYTES = 1 << 26
 # Runs of adjacent items of at most this many bytes are copied into one chunk, because a separate pass takes as long. A GPU
 # copies every run that is smaller than a chunk (:data:`_COPY_BYTES`).
 _TINY_BYTES = 1 << 20
-# Share of chosen items from which a GPU scores all items: copying one takes as long as scoring two more.
+# Share of chosen items from which all items are scored, rather than copied: copying one takes as long as scoring two more.
 _DENSE = 1 / 3
 
 
@@ -95,8 +95,13 @@ class Pieces:
 
     @property
     def is_dense(self) -> bool:
-        """Whether so many items are selected that scoring all of them is faster."""
-        return self._among is not None and len(self._among) >= _DENSE * self.everything.shape[0]
+        """Whether scoring all items is faster than copying those that are selected.
+
+        On a CPU, selected items are copied only if they lie scattered, in tiny runs of adjacent ones.
+        """
+        if self._among is None or len(self._among) < _DENSE * self.everything.shape[0]:
+            return False
+        return is_gpu(self.device) or len(self._among) * self.item_bytes <= (len(self.breaks) + 1) * _TINY_BYTES
 
     @property
     def everything(self) -> Pieces:

@@ -208,14 +208,11 @@ def _passes(
 ) -> Iterator[tuple[int, list[Tensor]]]:
     """Yield the results of ``parts`` for each chunk, ``[..., n]``, with the chunk's first position.
 
-    On a GPU, results are joined, and if many items are chosen, all are scored and the others left out afterwards. So neither
-    the pieces nor the gaps between items determine how often the best are selected and the host waits for the GPU.
+    If many items are chosen, all are scored and the others left out afterwards. On a GPU, results are joined, too. So there,
+    neither the pieces nor the gaps between items determine how often the best are selected and the host waits for the GPU.
     """
     device = queries.device
-    if not is_gpu(device):
-        for first, chunk in chunks(sources, len(queries), device):
-            yield first, parts(*chunk)
-        return
+    elements = _GPU_SCORE_ELEMENTS if is_gpu(device) else 0
     among = columns = None
     if sources[0].is_dense and all(source.device == device for source in sources):
         among, sources = sources[0].among, [source.everything for source in sources]
@@ -224,14 +221,15 @@ def _passes(
     for first, chunk in chunks(sources, len(queries), device):
         waiting.append(parts(*chunk))
         end = first + len(chunk[0])
-        if end < sources[0].shape[0] and (end - start) * len(queries) < _GPU_SCORE_ELEMENTS:
+        if end < sources[0].shape[0] and (end - start) * len(queries) < elements:
             continue
         joined = [torch.cat(matrices, dim=-1) for matrices in zip(*waiting, strict=True)]
         if among is None or columns is None:
             yield start, joined
         else:
             low, high = torch.searchsorted(among, torch.tensor([start, end])).tolist()
-            yield low, [matrix[..., columns[low:high] - start] for matrix in joined]
+            if low < high:
+                yield low, [matrix[..., columns[low:high] - start] for matrix in joined]
         start, waiting = end, []
 
 

@@ -440,6 +440,17 @@ def test_on_a_gpu_neither_pieces_nor_gaps_say_how_often_it_is_waited_for(monkeyp
     assert per_piece <= (8 if search is search_int8 else 3)  # its reading and its scores
 
 
+@pytest.mark.parametrize("search", [search_full, search_int8])
+def test_items_are_not_copied_one_by_one_where_few_are_left_out(monkeypatch, search):
+    monkeypatch.setattr(Pieces, "copy", lambda *_: pytest.fail("copied"))
+    queries, items = make(2, 3, 16), make(600, 3, 16, seed=1)
+    alive = torch.arange(600)[torch.arange(600) % 7 != 1]
+    best, indices = search(queries, items, 5, alpha=0.8, among=alive)
+    expected, order = search(queries, items[alive], 5, alpha=0.8)
+    assert torch.equal(best, expected)
+    assert torch.equal(indices, alive[order])
+
+
 def test_few_items_are_scored_again(chunks):
     queries, items = make(3, 8, 128), make(200, 8, 128, seed=1)
     for row, query in enumerate(queries):  # ten items near each query
