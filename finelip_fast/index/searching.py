@@ -37,6 +37,7 @@ from finelip_fast.kernels.threads import side_by_side
 _TUNING, _SKETCH = "tuning", "sketch"
 # With so few queries, what is computed of their hits is too short to be shared among threads.
 _FEW_QUERIES = 8
+_FILTERS = 4  # filters whose rows are kept, 8 bytes each
 
 
 @dataclass(frozen=True)
@@ -112,10 +113,9 @@ class Searcher:
     ) -> SearchResults | None:
         among = None
         if where is not None:
-            matching = self.store.catalogue.matching(where, view.version)
-            if self.store.catalogue.oldest > view.version:
+            among = self._rows_matching(view, where)
+            if among is None:
                 return None
-            among = view.rows_at(matching)
         tuning = self.tuning
         count = len(view) if among is None else len(among)
         chosen = choose_mode(mode, view, tuning, k=k, alpha=alpha, items=count)
@@ -152,6 +152,23 @@ class Searcher:
         scores = scores.cpu()
         standing = stands_out(scores, sampled[0].cpu(), count, alpha) if sampled else None
         return SearchResults(scores, global_scores, fine_scores, view.numbers(rows), hits, chosen, standing)
+
+    def _rows_matching(self, view: View, where: str) -> Tensor | None:
+        """Rows that a filter lets through, ascending; None: another process has compacted the index meanwhile.
+
+        The last few results are kept with the view, because people look at the same part of an index many times.
+        """
+        rows = view.filtered.get(where)
+        if rows is None:
+            matching = self.store.catalogue.matching(where, view.version)
+            if self.store.catalogue.oldest > view.version:
+                return None
+            rows = view.rows_at(matching)
+            with self.store.view_lock:
+                while len(view.filtered) >= _FILTERS:
+                    view.filtered.pop(next(iter(view.filtered)))
+                view.filtered[where] = rows
+        return rows
 
     def first_stage(self, view: View, mode: Mode, alpha: float) -> CandidateSource | None:
         """The first stage of a two-stage search; None: all global embeddings, or an exact mode.

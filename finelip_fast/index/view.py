@@ -37,6 +37,9 @@ class View:
         segments: Opened segments of the layout.
         device: Device that searches.
         cache: Folder for data that can be recomputed; None: there is none.
+
+    Attributes:
+        filtered: Rows that match filters, by filter, as searches keep them.
     """
 
     def __init__(self, layout: Layout, segments: Sequence[Segment], device: torch.device, cache: Path | None) -> None:
@@ -47,6 +50,7 @@ class View:
         self._lengths = lengths[1:]
         self.rows = int(self._offsets[-1])
         self._dead = self.rows_at(layout.dead)
+        self.filtered: dict[str, Tensor] = {}
 
     @property
     def version(self) -> int:

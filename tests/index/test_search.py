@@ -227,6 +227,23 @@ def test_a_filter_is_exact(mode: str, where: str) -> None:
     assert ids(index, queries, 6, mode=mode, where=where)[0] == expected[0]
 
 
+def test_a_filter_is_evaluated_once_for_each_state_of_an_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    index, queries = Index(SPEC), embeddings(1, seed=9)
+    fill(index, 50)
+    catalogue, evaluated = index._searcher.store.catalogue, []
+    matching = catalogue.matching
+    monkeypatch.setattr(catalogue, "matching", lambda where, version: evaluated.append(where) or matching(where, version))
+    for _ in range(3):
+        before = ids(index, queries, 60, where="n < 20")[0]
+    assert len(before) == 20
+    assert evaluated == ["n < 20"]
+    index.delete([before[0]])
+    assert ids(index, queries, 60, where="n < 20")[0] == before[1:]
+    for low in range(10):
+        ids(index, queries, 1, where=f"n >= {low}")
+    assert len(index._searcher.store.view().filtered) < 10
+
+
 def test_auto_takes_two_stages_where_it_was_measured_to_lose_little() -> None:
     index = Index(SPEC)
     fill(index, 60)
