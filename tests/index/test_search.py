@@ -232,7 +232,9 @@ def test_a_filter_is_evaluated_once_for_each_state_of_an_index(monkeypatch: pyte
     fill(index, 50)
     catalogue, evaluated = index._searcher.store.catalogue, []
     matching = catalogue.matching
-    monkeypatch.setattr(catalogue, "matching", lambda where, version: evaluated.append(where) or matching(where, version))
+    monkeypatch.setattr(
+        catalogue, "matching", lambda where, version: evaluated.append(where) or matching(where, version)
+    )
     for _ in range(3):
         before = ids(index, queries, 60, where="n < 20")[0]
     assert len(before) == 20
