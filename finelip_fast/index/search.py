@@ -30,6 +30,7 @@ from finelip_fast.index.standing import sampled_rows
 from finelip_fast.index.view import View
 from finelip_fast.kernels import clim_scores, clim_topk, clim_topk_int8, cosine_candidates, quantize
 from finelip_fast.kernels.clim.rows import Pieces
+from finelip_fast.kernels.clim.topk import exact_parts, pairs_at_once
 from finelip_fast.kernels.threads import side_by_side
 
 Mode = Literal["auto", "exact", "exact-int8", "two-stage", "sketch"]
@@ -207,13 +208,14 @@ def sampled_scores(view: View, queries: Tensor, *, alpha: float, among: Tensor |
 
 def parts_of_scores(view: View, queries: Tensor, rows: Tensor, *, fine: bool = True) -> tuple[Tensor, Tensor | None]:
     """Global cosines and, with ``fine``, late-interaction scores alone of found rows ``[Q, k]``, each float32 ``[Q, k]``."""
-    queries = queries.to(view.device, _dtype(view)) if len(view.segments) else queries
-    cosines, interactions = torch.empty(rows.shape), torch.empty(rows.shape) if fine else None
-    for number, (query, places) in enumerate(zip(queries, rows, strict=True)):
-        embeddings = view.read(places).to(view.device)
-        if len(embeddings):
-            # Row by row: a matrix product may round differently among other rows.
-            cosines[number] = (embeddings[:, 0].float() * query[0].float()).sum(dim=1)
-            if interactions is not None:
-                interactions[number] = clim_scores(query[None], embeddings, alpha=0.0)[0]
-    return cosines, interactions
+    parts = torch.empty(2, rows.numel())
+    if rows.numel():
+        queries = queries.to(view.device, _dtype(view))
+        query = torch.arange(len(rows)).repeat_interleave(rows.shape[1]).to(view.device)
+        at_once = pairs_at_once(queries.shape[1:], queries.shape[1:], view.device)
+        for first in range(0, rows.numel(), at_once):
+            pairs = slice(first, first + at_once)
+            embeddings = view.read(rows.flatten()[pairs]).to(view.device)
+            parts[:, pairs] = torch.stack(exact_parts(queries[query[pairs]], embeddings)).to(parts)
+    cosines, interactions = parts.view(2, *rows.shape)
+    return cosines, interactions if fine else None

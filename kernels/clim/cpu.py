@@ -37,9 +37,10 @@ from finelip_fast.kernels.threads import side_by_side, size_of_blocks
 _BLOCK_QUERIES = 64
 # Elements of a tile for each thread, 1 MiB in float32: the maxima read it from the L2 cache.
 _TILE_ELEMENTS = 1 << 18
-# Rows of queries below which similarities are arranged along the items, if MKL multiplies: with more, the arrangement costs
-# more than it saves. Then a block of items has so many elements, 4 MiB in float32, and at least so many items.
-_FEW_ROWS, _ALONG_ELEMENTS, _LEAST_ALONG = 128, 1 << 20, 96
+# Similarities are arranged along the items if MKL multiplies and queries times their tokens squared are at most this: with
+# more or longer queries, the arrangement costs more than it saves. Then a block of items and its similarities have so many
+# elements, 4 MiB in float32, and there are at least so many items.
+_ALONG_WORK, _ALONG_ELEMENTS, _LEAST_ALONG = 1 << 13, 1 << 20, 96
 # Elements of one product; larger than a tile, because a product rearranges its operands first.
 _PRODUCT_ELEMENTS = 1 << 21
 # Elements of the items of a product: large enough that threads do not wait for the interpreter, which they share, and small
@@ -85,7 +86,7 @@ def scores(
     if query_tokens == item_tokens == 1 and query_scales is None:
         return _scores_of_single_rows(queries, items, alpha)
     has_special_products = cpu.prefers_onednn() if query_scales is None else cpu.has("vnni")
-    if n_queries * query_tokens < _FEW_ROWS and not has_special_products:
+    if n_queries < _BLOCK_QUERIES and n_queries * query_tokens**2 <= _ALONG_WORK and not has_special_products:
         return _scores_along_items(queries, items, alpha, query_scales, item_scales)
     per_pair = query_tokens * item_tokens
     block_queries = max(1, min(_BLOCK_QUERIES, n_queries, _PRODUCT_ELEMENTS // per_pair))
@@ -121,7 +122,7 @@ def _scores_along_items(
     n_items, item_tokens, _ = items.shape
     tokens, scratch = queries.reshape(-1, width).float(), Scratch()
     per_item = len(tokens) * item_tokens
-    largest = max(1, min(max(_LEAST_ALONG, _ALONG_ELEMENTS // (item_tokens * width)), _TILE_ELEMENTS // per_item))
+    largest = max(1, min(max(_LEAST_ALONG, _ALONG_ELEMENTS // (item_tokens * width)), _ALONG_ELEMENTS // per_item))
     least = -(-_LEAST_SHARED_WORK // (per_item * width))
     size = size_of_blocks(n_items, min(largest, max(least, -(-n_items // torch.get_num_threads()))))
     shares = (1 - alpha) * torch.tensor([1 / query_tokens] * query_tokens + [1 / item_tokens] * item_tokens)

@@ -14,7 +14,7 @@ scored again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -299,25 +299,37 @@ def _threshold(lowest: Tensor, k: int) -> Tensor:
 
 def _rescore(queries: Tensor, items: Pieces, query: Tensor, item: Tensor, alpha: float) -> Tensor:
     """The float32 nearest to the exact score of each pair, ``[P]``."""
-    _, query_tokens, width = queries.shape
-    item_tokens = items.shape[1]
-    if 0 in (query_tokens, item_tokens):
-        return torch.zeros(len(query), device=query.device)
-    at_once = _pairs_at_once(query_tokens, item_tokens, width, queries.device)
+    at_once = pairs_at_once(queries.shape[1:], items.shape[1:], queries.device)
     parts = [torch.empty(0, device=query.device)]
     for some_queries, some_items in zip(query.split(at_once), item.split(at_once), strict=True):
-        rows = items.take(some_items).to(queries.device)
-        similarity = torch.bmm(queries[some_queries].double(), rows.double().transpose(1, 2))
-        over_items = F.leaky_relu(similarity.amax(dim=2), LEAKY_SLOPE).mean(dim=1)
-        over_queries = F.leaky_relu(similarity.amax(dim=1), LEAKY_SLOPE).mean(dim=1)
-        parts.append((alpha * similarity[:, 0, 0] + (1 - alpha) * (over_items + over_queries)).float())
+        cosine, fine = exact_parts(queries[some_queries], items.take(some_items).to(queries.device))
+        parts.append((alpha * cosine + (1 - alpha) * fine).float())
     return torch.cat(parts)
 
 
-def _pairs_at_once(query_tokens: int, item_tokens: int, width: int, device: torch.device) -> int:
-    """Number of pairs that are scored again at a time."""
-    per_pair = (query_tokens + item_tokens) * width + query_tokens * item_tokens
-    return max(1, (_GPU_RESCORE_ELEMENTS if device.type == "cuda" else _RESCORE_ELEMENTS) // per_pair)
+def exact_parts(queries: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the global cosine and late interaction of pairs in float64.
+
+    Args:
+        queries: ``[P, L_q, D]``.
+        items: ``[P, L_i, D]``, at most :func:`pairs_at_once`.
+
+    Returns:
+        float64 ``[P]`` each; zeros without tokens.
+    """
+    if 0 in (queries.shape[1], items.shape[1]):
+        nothing = torch.zeros(len(queries), dtype=torch.float64, device=queries.device)
+        return nothing, nothing
+    similarity = torch.bmm(queries.double(), items.double().transpose(1, 2))
+    over_items = F.leaky_relu(similarity.amax(dim=2), LEAKY_SLOPE).mean(dim=1)
+    over_queries = F.leaky_relu(similarity.amax(dim=1), LEAKY_SLOPE).mean(dim=1)
+    return similarity[:, 0, 0], over_items + over_queries
+
+
+def pairs_at_once(query: Sequence[int], item: Sequence[int], device: torch.device) -> int:
+    """Number of pairs of the shapes ``(L_q, D)`` and ``(L_i, D)`` whose exact scores are computed at a time."""
+    per_pair = (query[0] + item[0]) * item[1] + query[0] * item[0]
+    return max(1, (_GPU_RESCORE_ELEMENTS if device.type == "cuda" else _RESCORE_ELEMENTS) // max(1, per_pair))
 
 
 def _rank(query: Tensor, item: Tensor, scores: Tensor, n_queries: int, k: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -36,7 +36,7 @@ def blocks(request):
             "_LEAST_SHARED_WORK": 1,
             "_FEW_ELEMENTS": 30,
             "_LEAST_ELEMENTS": 1,
-            "_FEW_ROWS": 8,
+            "_ALONG_WORK": 40,
         },
         "smallest": {
             "_BLOCK_QUERIES": 1,
@@ -46,7 +46,7 @@ def blocks(request):
             "_LEAST_SHARED_WORK": 1,
             "_FEW_ELEMENTS": 1,
             "_LEAST_ELEMENTS": 1,
-            "_FEW_ROWS": 0,
+            "_ALONG_WORK": 0,
         },
         "plain processor": {"has": lambda feature: False},
         "plain and small": {

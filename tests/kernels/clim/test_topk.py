@@ -367,7 +367,7 @@ def test_items_in_host_memory_are_searched_on_the_gpu(monkeypatch, sizes):
 
 
 def test_a_gpu_scores_the_usual_candidates_again_in_one_go():
-    at_once = [_topk._pairs_at_once(40, 40, 512, torch.device(device)) for device in ("cuda", "cpu")]
+    at_once = [_topk.pairs_at_once((40, 512), (40, 512), torch.device(device)) for device in ("cuda", "cpu")]
     assert at_once[0] >= 1_000
     assert at_once[1] <= 50
 
