@@ -136,9 +136,8 @@ def built(start: Callable[[float], Apart], inputs: Inputs, place: Path, result: 
     finally:
         process.end()
     files = [path.stat() for path in place.rglob("*") if path.is_file()]
-    result.info["disk_mib"] = (
-        sum(512 * file.st_blocks for file in files) / 2**20
-    )  # allocated blocks, because files may be sparse
+    # Allocated blocks, because files may be sparse.
+    result.info["disk_mib"] = sum(512 * file.st_blocks for file in files) / 2**20
 
 
 def opened(start: Callable[[float], Apart], inputs: Inputs, place: Path, result: Result, limit: float) -> Entry:

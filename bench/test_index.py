@@ -53,6 +53,10 @@ FIRST_STAGES: dict[str, tuple[Any, int | None]] = {
 }
 CANDIDATES_TRIED = (25, 50, 100, 200, 400, 800, 1600, 3200, 6400, 12800)
 
+ALL = "all items"
+# Of pictures/000000000.jpg and so on; what they let through lies scattered.
+FILTERS = {"9 in 10": "not number like '%7.jpg'", "1 in 100": "number like '%07.jpg'"}
+
 OURS, LANCE = "finelip_fast", "Lance"
 GLOBAL, WHOLE = "global rows alone", "whole embeddings"
 
@@ -299,6 +303,30 @@ def searched(count: int) -> dict[str, Result]:
 
 
 @cache
+def filtered(count: int) -> dict[str, Result]:
+    """Search with filters, each when it is new and when it was used just before."""
+    index = stores(count)[0][OURS].index
+    index.maintain()
+    queries = unit_rows(8, dtype=torch.float16, seed=3).cpu()
+    runs: dict[str, tuple[str | None, bool]] = {ALL: (None, False)}
+    for name, where in FILTERS.items():
+        runs |= {f"{name}, a new filter": (where, True), f"{name}, the same filter again": (where, False)}
+    results = {}
+    for name, (where, is_new) in runs.items():
+        index.search(queries[:1], BEST, mode="exact", where=where)
+        result = Result(info={})
+        for query in queries.split(1):
+            if is_new:
+                index._store.view().filtered.clear()
+            start = time.perf_counter()
+            index.search(query, BEST, mode="exact", where=where)
+            result.seconds.append(time.perf_counter() - start)
+        result.info |= dict(zip(("p20", "p80"), np.quantile(result.seconds, [0.2, 0.8]).tolist(), strict=True))
+        results[name] = result
+    return results
+
+
+@cache
 def searched_globally(count: int) -> dict[str, Result]:
     """Search with ``alpha=1``: an index of whole embeddings, and one of global rows only."""
     opened, _ = stores(count)
@@ -429,6 +457,16 @@ def test_search(benchmark: Any, count: int, contender: str) -> None:
 def test_global_search(benchmark: Any, count: int, contender: str) -> None:
     group = f"best {BEST} of {count:,} items for 1 query by the global cosine"
     clock.into(benchmark, searched_globally(count), contender, group=group, baseline=WHOLE)
+
+
+@pytest.mark.benchmark(timer=clock)
+@every_count
+@pytest.mark.parametrize(
+    "contender", [ALL, *(f"{name}, {use}" for name in FILTERS for use in ("a new filter", "the same filter again"))]
+)
+def test_filters(benchmark: Any, count: int, contender: str) -> None:
+    group = f"best {BEST} of {count:,} items for 1 query, exact, with a filter"
+    clock.into(benchmark, filtered(count), contender, group=group, baseline=ALL)
 
 
 @pytest.mark.benchmark(timer=clock)

@@ -230,9 +230,8 @@ def _draw(plot: Plot, title: str, path: Path) -> Path:
             axes.errorbar(x, series.y, yerr=error, linestyle=_LINES[number % len(_LINES)], **style)
     across, up = (plot.y, plot.x) if has_names else (plot.x, plot.y)
     axes.set(title=title, xlabel=across, ylabel=up)
-    axes.update_datalim(
-        [(0, 0)], updatex=has_names or not plot.log_x, updatey=not has_names
-    )  # so that zero is in sight
+    # Zero is in sight, so that differences are not exaggerated.
+    axes.update_datalim([(0, 0)], updatex=has_names or not plot.log_x, updatey=not has_names)
     axes.autoscale_view()
     if has_names:
         axes.invert_yaxis()

@@ -26,9 +26,8 @@ def start_model(config: TrainConfig) -> FineLIP:
     if not config.init:
         return FineLIP(config.model_config.replace(trained_aggregators=trains_aggregators))
     model = load_base(config.init, config.context_length)
-    model.config = model.config.replace(
-        logit_bias=None
-    )  # contrastive training shifts the cosines that it was fitted to
+    # Contrastive training shifts the cosines that the bias was fitted to.
+    model.config = model.config.replace(logit_bias=None)
     if trains_aggregators:
         model.config = model.config.replace(trained_aggregators=True)
     return model

@@ -231,9 +231,8 @@ class Trainer:
         # A checkpoint travels; the folders of the machine that made it do not.
         training = {**dataclasses.asdict(self.config), "out": self.out.name, "root": ""}
         for name, value in training.items():
-            training[name] = (
-                printable(value) if isinstance(value, str) else value
-            )  # a path may not be UTF-8, JSON must be
+            # A path may not be UTF-8, JSON must be.
+            training[name] = printable(value) if isinstance(value, str) else value
         return {"step": self.step, "training": training, "validation": metrics}
 
     def _averaged(self) -> FineLIP:

@@ -43,10 +43,8 @@ _DEEPEST = 50  # SQLite before 3.46 has a parser stack of 100, and the surroundi
 _LONGEST = 200  # comparisons: a chain of ands is as deep as it is long, and SQLite's limit is 1,000 for the whole query
 _MOST_VALUES = 32_000  # SQLite binds at most 32,766, and the surrounding query needs some of them
 _LONGEST_PATTERN, _MOST_WILDCARDS = 1000, 32  # bytes and % of like, whose time grows with pattern times text
-_LONGEST_TEXT, _LONGEST_SQL = (
-    1_000_000,
-    950_000,
-)  # characters; SQLite accepts 1,000,000 bytes, including the surrounding query
+# Characters; SQLite accepts 1,000,000 bytes, including the surrounding query.
+_LONGEST_TEXT, _LONGEST_SQL = 1_000_000, 950_000
 _LONGEST_FIELD, _MOST_NAMES = 1000, 64
 
 _TOKEN = re.compile(

@@ -287,10 +287,9 @@ class Store:
                     name = plain_name(segment.name, incoming, error=StoreError)
                     opened = open_segment(incoming, name, rows=len(segment.ids), shape=shape, dtype=self.spec.dtype)
                     check_embeddings(segment.ids, opened.embeddings(slice(None)))
-                    with suppress(FileExistsError):  # from a change that failed
-                        os.link(
-                            incoming / segment.name, self.segments_folder / segment.name
-                        )  # not moved: this may fail too
+                    # Linked, not moved, because this change may fail; one that failed may have left its link.
+                    with suppress(FileExistsError):
+                        os.link(incoming / segment.name, self.segments_folder / segment.name)
                 except OSError as error:
                     raise StoreError(f"cannot take over {incoming / segment.name}: {error.strerror}") from None
                 names.append(name)

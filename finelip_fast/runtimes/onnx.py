@@ -103,9 +103,8 @@ class OnnxGraph:
             [(_CUDA, {"device_id": index, "use_tf32": 0})] if device.type == "cuda" else ["CPUExecutionProvider"]
         )
         options = session_options(threads)
-        options.add_session_config_entry(
-            "session.load_model_format", "ONNX"
-        )  # and no other format that a file may claim
+        # No other format that a file may claim to have is loaded.
+        options.add_session_config_entry("session.load_model_format", "ONNX")
         try:
             if beside:
                 sizes = [len(content) for content in beside.values()]

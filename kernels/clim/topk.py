@@ -36,10 +36,10 @@ from finelip_fast.kernels.clim.rows import Pieces, chunks, is_gpu
 from finelip_fast.kernels.precision import full_float32
 from finelip_fast.kernels.threads import alone
 
-Bracket = tuple[int, Tensor, Tensor]  # the first position of a chunk, scores [Q, n], errors [Q, n] or [Q, 1]
-Finer = Callable[
-    [int, int], tuple[Tensor, Tensor]
-]  # from the first position and the number of items: scores and errors again, in float32
+# The first position of a chunk, scores [Q, n], and errors [Q, n] or [Q, 1].
+Bracket = tuple[int, Tensor, Tensor]
+# From the first position and the number of items: scores and errors again, in float32.
+Finer = Callable[[int, int], tuple[Tensor, Tensor]]
 
 # Largest norm of a row of norm 1 after rounding to bfloat16, with a margin.
 _LONGEST = 1.01
