@@ -158,7 +158,7 @@ class Searcher:
 
         The last few results are kept with the view, because people look at the same part of an index many times.
         """
-        rows = view.filtered.get(where)
+        rows = view.filtered.get(where) if isinstance(where, str) else None
         if rows is None:
             matching = self.store.catalogue.matching(where, view.version)
             if self.store.catalogue.oldest > view.version:

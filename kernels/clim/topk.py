@@ -308,7 +308,7 @@ def _rescore(queries: Tensor, items: Pieces, query: Tensor, item: Tensor, alpha:
 
 
 def exact_parts(queries: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute the global cosine and late interaction of pairs in float64.
+    """Compute the two parts of the scores of pairs, global cosine and late interaction, in float64.
 
     Args:
         queries: ``[P, L_q, D]``.

@@ -227,6 +227,14 @@ def test_a_filter_is_exact(mode: str, where: str) -> None:
     assert ids(index, queries, 6, mode=mode, where=where)[0] == expected[0]
 
 
+@pytest.mark.parametrize("where", [["n = 1"], {}, 5])
+def test_a_filter_that_is_no_text_is_refused(where: object) -> None:
+    index = Index(SPEC)
+    fill(index, 3)
+    with pytest.raises(InputError, match="expected"):
+        index.search(embeddings(1), 1, where=where)  # type: ignore[arg-type]
+
+
 def test_a_filter_is_evaluated_once_for_each_state_of_an_index(monkeypatch: pytest.MonkeyPatch) -> None:
     index, queries = Index(SPEC), embeddings(1, seed=9)
     fill(index, 50)
