@@ -227,6 +227,23 @@ def test_a_filter_is_exact(mode: str, where: str) -> None:
     assert ids(index, queries, 6, mode=mode, where=where)[0] == expected[0]
 
 
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_both_parts_of_a_score_are_exact_in_any_batch(dtype: str) -> None:
+    index, queries = Index(replace(SPEC, dtype=dtype)), embeddings(3, seed=9)
+    fill(index, 60, 4)
+    results = index.search(queries, 5)
+    rows = index._searcher.store.view().read(torch.arange(60))
+    similarity = torch.einsum("qld,nmd->qnlm", queries.to(rows.dtype).double(), rows.double())
+    leaky = torch.nn.functional.leaky_relu
+    fine = leaky(similarity.amax(3), 0.1).mean(2) + leaky(similarity.amax(2), 0.1).mean(2)
+    assert torch.equal(results.fine_scores, fine.gather(1, results.numbers).float())
+    assert torch.equal(results.global_scores, similarity[..., 0, 0].gather(1, results.numbers).float())
+    for number, query in enumerate(queries.split(1)):
+        alone = index.search(query, 5)
+        assert torch.equal(alone.fine_scores[0], results.fine_scores[number])
+        assert torch.equal(alone.global_scores[0], results.global_scores[number])
+
+
 @pytest.mark.parametrize("where", [["n = 1"], {}, 5])
 def test_a_filter_that_is_no_text_is_refused(where: object) -> None:
     index = Index(SPEC)
