@@ -41,9 +41,8 @@ def typed(value: Any, kind: Any, place: str = "") -> Any:
             typed(part, part_kind, f"{place}[{at}]")
             for at, (part, part_kind) in enumerate(zip(value, parts, strict=True))
         )
-    if parts[0] not in (int, str) or {type(part) for part in value} - {
-        parts[0]
-    }:  # long lists of numbers are checked in one pass
+    # One pass over the types is enough for a list of integers or texts, which may be long.
+    if parts[0] not in (int, str) or {type(part) for part in value} - {parts[0]}:
         value = [typed(part, parts[0], f"{place}[{at}]") for at, part in enumerate(value)]
     return tuple(value) if origin is tuple else value
 

@@ -316,9 +316,8 @@ class _Machine:
 def _with_items(target: Any, items: list[Any]) -> dict[Any, Any]:
     mapping: dict[Any, Any] = _checked(target, dict)
     keys = items[::2]
-    if len(items) % 2 or not all(
-        isinstance(key, (str, int)) for key in keys
-    ):  # hashing a nested tuple may take forever
+    # Hashing a nested tuple may take forever.
+    if len(items) % 2 or not all(isinstance(key, (str, int)) for key in keys):
         raise ValueError("a dictionary whose keys are neither texts nor numbers")
     mapping.update(zip(keys, items[1::2], strict=True))
     return mapping

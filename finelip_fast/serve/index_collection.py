@@ -143,9 +143,8 @@ class IndexCollection:
                 with suppress(FineLIPError):
                     self._discard(files, folder, root)
                 raise
-            with (
-                self._index.undisturbed()
-            ):  # another process may have deleted an item of the same picture, and its file
+            # Another process may have deleted an item of the same picture, and its file.
+            with self._index.undisturbed():
                 for at in ids.keys() - set(absent(ids)):
                     folder.keep(paths[at], uploads[at].content)
         try:
