@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -14,19 +15,22 @@ from finelip_fast.errors import EngineError, FineLIPError, InputError
 from finelip_fast.export import parity
 from finelip_fast.runtimes.manifest import MANIFEST, Manifest
 
-_NAMES, _SUFFIXES = (MANIFEST, *parity.REPORTS), (".onnx", ".data", ".plan")
+_NAMES = (MANIFEST, *parity.REPORTS)
+_GRAPHS = re.compile(r"(image|image_uint8|text|scorer)\.(onnx|onnx\.data|plan)")
 
 
 def export_path(out: str | os.PathLike[str], *, keep_failed: bool) -> Path:
     """Return the absolute path of a folder that an export may replace, as it may replace ``failed-…`` beside it.
 
     Raises:
-        InputError: A folder has contents that are not an export's, and would lose them.
+        InputError: There is a file of that name, or a folder with contents that are not an export's and would be lost.
     """
-    folder = Path(os.path.abspath(out))
+    folder = Path(os.path.realpath(out))
     for path in (folder, _failed(folder)) if keep_failed else (folder,):
+        if path.exists() and not path.is_dir():
+            raise InputError(f"expected a folder for the export, got the file {str(path)!r}; give another --out (out=)")
         names = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
-        foreign = [name for name in names if name not in _NAMES and Path(name).suffix not in _SUFFIXES]
+        foreign = [name for name in names if name not in _NAMES and not _GRAPHS.fullmatch(name)]
         if foreign:
             raise InputError(
                 f"expected a new folder for the export, an empty one or that of an earlier export, got {str(path)!r}, "

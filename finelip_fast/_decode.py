@@ -291,7 +291,8 @@ def within_budget(image: Image.Image, file: Any = None, reduction: Reduction | N
         need += _tile_bytes(image)
         check_size(width, height, need)
         _refuse_slow(image)
-    with _budget.share(int(need)):
+    # A file in JPEG XL has its share already: a thread that waited for another would keep it from everyone.
+    with nullcontext() if file is not None and image.format == "JXL" else _budget.share(int(need)):
         yield
 
 
@@ -308,13 +309,14 @@ def _identified(file: Any) -> Iterator[ImageFile.ImageFile]:
         factory, accept = Image.OPEN.get(name, (None, None))
         if factory is None or not _accepts(accept, prefix):
             continue
-        claimed = 0
+        claimed = turned = 0
         for width, height in _claims(name, file):
             claimed = max(claimed, width * height * _BYTES_PER_PIXEL.get(name, 0))
             check_size(width, height, claimed)
+            turned = max(turned, width * height * 2 * 4)
         file.seek(0)
-        # The JPEG XL plugin decodes on opening.
-        with _budget.share(claimed) if name == "JXL" else nullcontext():
+        # The JPEG XL plugin decodes on opening: all that the picture needs is reserved now, with its conversion and turning.
+        with _budget.share(claimed + turned) if name == "JXL" else nullcontext():
             try:
                 image = factory(file, "")
             except (SyntaxError, IndexError, TypeError, struct.error):

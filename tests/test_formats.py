@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import struct
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -123,6 +125,24 @@ def test_what_is_not_installed_is_named(tmp_path: Path, suffix: str, monkeypatch
     ):
         open_image(path)
     assert describe(path).keys() == {"bytes", "modified", "sha256"}
+
+
+@pytest.mark.parametrize("suffix", [".heic", ".jxl"])
+def test_threads_that_decode_at_once_do_not_wait_for_each_other(
+    tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each picture needs most of the memory that all may use at a time."""
+    monkeypatch.setenv(_decode.VARIABLE, "8")
+    SAVE[suffix](tmp_path / f"small{suffix}")
+    open_image(tmp_path / f"small{suffix}").resize((600, 600)).save(tmp_path / f"a{suffix}")
+    pool, together = ThreadPoolExecutor(4), Barrier(4)
+
+    def opened(_: int) -> tuple[int, int]:
+        together.wait()
+        return open_image(tmp_path / f"a{suffix}").size
+
+    sizes = [pool.submit(opened, number) for number in range(4)]
+    assert [size.result(timeout=300) for size in sizes] == [(600, 600)] * 4
 
 
 @pytest.mark.parametrize("suffix", [".heic", ".jxl"])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finelip_fast.errors import InputError
+from finelip_fast.errors import InputError, StoreError
 
 if TYPE_CHECKING:
     from finelip_fast.engines import EngineName
@@ -58,9 +58,13 @@ class Opening:
             InputError, EngineError, CheckpointError, StoreError: The same as for :class:`finelip_fast.Retriever` and
                 :class:`finelip_fast.distributed.Shards`.
         """
+        from finelip_fast.index import remedies, stored_source
         from finelip_fast.known_checkpoints import checkpoint_of
         from finelip_fast.serve.index_collection import IndexCollection
 
+        if self.index is not None and stored_source(self.index) is None:
+            # A retriever would create one, and a folder that is away for a moment would seem to be empty.
+            raise StoreError(f"there is no index at {self.index}: {remedies.make(str(self.index))}")
         checkpoint = self.checkpoint or checkpoint_of(self.index or self.shards[0]) or None
         if self.index is not None:
             from finelip_fast.retriever import Retriever

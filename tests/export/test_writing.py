@@ -176,6 +176,24 @@ def test_new_empty_and_earlier_folders_may_be_replaced(
     assert export_path(".", keep_failed=True) == tmp_path / "empty"
 
 
+def test_a_users_graphs_and_files_are_not_taken_for_an_export(tmp_path: Path) -> None:
+    for name in ("yolo.onnx", "survey.data"):
+        folder = tmp_path / name.replace(".", "-")
+        folder.mkdir()
+        (folder / name).touch()
+        with pytest.raises(InputError, match=f"other contents .{name}"):
+            export_path(folder, keep_failed=False)
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(InputError, match=r"got the file '.*notes\.txt'"):
+        export_path(tmp_path / "notes.txt", keep_failed=False)
+
+
+def test_a_link_to_a_folder_means_that_folder(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk")
+    assert export_path(tmp_path / "link", keep_failed=False) == tmp_path / "disk"
+
+
 def test_what_is_kept_of_a_failure_replaces_no_other_folder(tmp_path: Path) -> None:
     (tmp_path / "failed-out").mkdir()
     (tmp_path / "failed-out" / "notes.txt").touch()

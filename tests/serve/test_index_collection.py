@@ -353,6 +353,7 @@ def test_what_was_opened_to_be_served_is_closed_with_it(
     engine_options: dict[str, Any], retriever: Retriever, tmp_path: Path
 ) -> None:
     options = {**engine_options, "checkpoint": str(engine_options["checkpoint"]), "index": str(tmp_path / "index")}
+    Retriever(**options).close()
     served = Opening(**options).open()
     assert len(served) == 0
     served.close()
@@ -441,3 +442,9 @@ def test_names_of_uploads_are_harmless(tmp_path: Path) -> None:
         tmp_path / path.name,
     ):
         assert not uploads.holds(other_path)
+
+
+def test_an_index_that_is_gone_is_not_replaced_by_an_empty_one(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="there is no index at"):
+        Opening(str(tmp_path / "gone"), engine="torch", device="cpu").open()
+    assert not (tmp_path / "gone").exists()
