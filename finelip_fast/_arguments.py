@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Collection, Iterable
 from numbers import Real
@@ -51,6 +52,17 @@ def share(name: str, value: Any) -> float:
     return float(value)
 
 
+def seconds(name: str, value: Any) -> float:
+    """Return a time limit in seconds; booleans, NaN and infinity are refused.
+
+    Raises:
+        InputError: The value is not such a number above 0; the message gives ``name``.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
+        raise InputError(f"expected {name} in seconds above 0, got {value!r:.80}")
+    return float(value)
+
+
 def one_of(name: str, value: Any, known: Collection[str]) -> None:
     """
     Raises:
@@ -84,6 +96,21 @@ def strings(name: str, value: Any) -> list[str]:
         if not isinstance(text, str):
             raise InputError(f"expected {name} of type str, got {text!r:.80}; convert it first")
     return values
+
+
+def sound_text(name: str, text: Any) -> str:
+    """Return a text that can be sent and stored.
+
+    Raises:
+        InputError: A value that is not a text, or a text with half of a surrogate pair; the message gives ``name``.
+    """
+    try:
+        if isinstance(text, str):
+            text.encode()
+            return text
+    except UnicodeEncodeError:
+        pass
+    raise InputError(f"expected {name} to be text that UTF-8 can hold, got {text!r:.80}")
 
 
 def folder_path(name: str, value: Any) -> Path:

@@ -53,11 +53,6 @@ def run_script(*words: str) -> int:
     return run_command(lambda: importlib.import_module("finelip_fast.cli").main([*words, *sys.argv[1:]]))
 
 
-def run_main(module: str) -> int:
-    """Run a module's function ``main`` as a command, which includes its imports."""
-    return run_command(lambda: importlib.import_module(module).main())
-
-
 def _explained(command: Callable[[], int | None]) -> int:
     try:
         return command() or 0

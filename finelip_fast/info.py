@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from finelip_fast import checkpoint as checkpoints
-from finelip_fast._files import installed
 from finelip_fast._terminal import printable
+from finelip_fast._versions import installed
 from finelip_fast.engines import ENGINES, why_not
 from finelip_fast.errors import CheckpointError, StoreError
 from finelip_fast.index import remedies, stored_index

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
-from finelip_fast._files import installed, write_error, write_text_whole, write_whole
+from finelip_fast._files import write_error, write_text_whole, write_whole
 from finelip_fast._markup import in_markdown
 from finelip_fast._terminal import printable
+from finelip_fast._versions import installed
 from finelip_fast.errors import InputError
 
 # An absolute path, at the start of a word or after the colon or equals sign of an option: /home/me/photos

@@ -22,6 +22,7 @@ from finelip_fast._arguments import (
     matrices,
     one_of,
     share,
+    sound_text,
     strings,
     whole_number,
 )
@@ -81,6 +82,8 @@ ARRAY = np.zeros(3)
         (lambda value: listed("ids", value), {"a": 1}, "expected ids to be a list, got {'a': 1}"),
         (lambda value: listed("ids", value), None, "expected ids to be a list, got None"),
         (lambda value: listed("ids", value), np.array(3), "expected ids to be a list, got array"),
+        (lambda value: sound_text("text", value), 7, "expected text to be text that UTF-8 can hold, got 7"),
+        (lambda value: sound_text("text", value), "a\udcff", r"expected text to be text that UTF-8 can hold, got 'a\\udcff'"),
         (lambda value: strings("ids", value), "text", r"expected ids to be a list, got the str 'text'; pass \['text'\]"),
         (lambda value: strings("ids", value), ["a", b"b"], "expected ids of type str, got b'b'; convert it first"),
         (lambda value: folder_path("folder", value), "a\0b", "expected folder to be a path without NUL characters, got"),

@@ -15,6 +15,8 @@ import torch
 from tqdm import tqdm
 
 from finelip_fast import checkpoint
+from finelip_fast._quantities import readable_duration, readable_size
+from finelip_fast.checkpoint.saving import name_of
 from finelip_fast.datasets import PairDataset, open_dataset
 from finelip_fast.datasets.survey import survey
 from finelip_fast.errors import ConfigError
@@ -33,7 +35,7 @@ ENCODERS: dict[str, Any] = {"steps": 500, "encoder_lr": 1e-5, "warmup_steps": 50
 
 # Options of one stage only. Features are computed from unaugmented captions.
 _OF_AGGREGATORS = ("steps", "aggregator_lr", "features")
-_OF_ENCODERS = ("encoder_lr", "augment", "gradient_checkpointing")
+OF_ENCODERS = ("encoder_lr", "augment", "gradient_checkpointing")
 # In the second stage, the trained aggregators get this fraction of their first learning rate.
 _SECOND_SHARE = 0.2
 
@@ -55,7 +57,7 @@ def stages(
         ConfigError: A run cannot honour the options, or some apply only to a second stage and there is none.
     """
     folder = Path(out)
-    alone = [name for name in _OF_ENCODERS if name in options] + ["encoder_steps"] * (encoder_steps is not None)
+    alone = [name for name in OF_ENCODERS if name in options] + ["encoder_steps"] * (encoder_steps is not None)
     if unfreeze == "none" and alone:
         raise ConfigError(
             f"expected no {', '.join(alone)} with unfreeze none, which trains only the aggregators, on precomputed features; "
@@ -68,7 +70,7 @@ def stages(
     first = {
         **AGGREGATORS,
         "features": str(folder / "features"),
-        **{name: value for name, value in options.items() if name not in _OF_ENCODERS},
+        **{name: value for name, value in options.items() if name not in OF_ENCODERS},
     }
     runs = [TrainConfig(**first, unfreeze="none", init=base, out=str(folder / "aggregators"))]
     if unfreeze != "none":
@@ -128,7 +130,7 @@ def adapt(base: str, *, progress: bool = True, **options: Any) -> dict[str, Any]
             _tell([f"{stage}: recall@1 {results[stage]:.1%}, the base {results['base']:.1%}"])
     chosen = max(metrics, key=lambda stage: results[stage])
     best = checkpoint.load(out / chosen / "best")
-    checkpoint.save(best, out, metadata={"base": Path(base).name, "stage": chosen, "validation": metrics[chosen]})
+    checkpoint.save(best, out, metadata={"base": name_of(base), "stage": chosen, "validation": metrics[chosen]})
     return {
         **{f"{name}_recall@1": recall for name, recall in results.items()},
         "chosen": chosen,
@@ -140,22 +142,18 @@ def adapt(base: str, *, progress: bool = True, **options: Any) -> dict[str, Any]
 
 def _forecast(model: FineLIP, runs: list[TrainConfig], pairs: PairDataset) -> list[str]:
     """Forecast the disk space and time of the stages that have not begun."""
-    known = survey(pairs)
+    known = survey(pairs, stamps=True)
     first = runs[0]
     lines = [f"{len(known.ids)} pictures, {len(known.captions)} captions:"]
     folder = Path(first.features) / "train"
-    if size := missing_bytes(model, known, folder):
+    if size := missing_bytes(model, pairs, known, folder):
         seconds = encoding_seconds(encoders_of(model, _precision(first)), pairs, known)
-        lines.append(f"  features: {size / 1e9:.1f} GB in {folder}, about {_minutes(seconds)}")
+        lines.append(f"  features: {readable_size(size)} in {folder}, about {readable_duration(seconds)}")
     for run in runs:
         if not (Path(run.out) / "state.pt").exists():
             seconds = run.steps * step_seconds(model, run, known)
-            lines.append(f"  {Path(run.out).name}: {run.steps} steps, about {_minutes(seconds)}")
+            lines.append(f"  {Path(run.out).name}: {run.steps} steps, about {readable_duration(seconds)}")
     return lines if len(lines) > 1 else []
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"
 
 
 def _tell(lines: list[str]) -> None:

@@ -5,11 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+# The first process validates while the others wait; a validation of hours must not end the run, as PyTorch's 10 or 30 minutes
+# would. torchrun notices a process that has died at once.
+_LONGEST_WAIT = timedelta(days=1)
 
 
 @contextmanager
@@ -18,7 +23,7 @@ def process_group(device: torch.device) -> Iterator[tuple[int, int]]:
     if "WORLD_SIZE" not in os.environ:
         yield 0, 1
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_LONGEST_WAIT)
     try:
         yield dist.get_rank(), dist.get_world_size()
     finally:

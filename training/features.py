@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors
 import safetensors.torch
@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from finelip_fast._files import write_whole
+from finelip_fast._files import utf8_path, write_whole
 from finelip_fast._json import stated_otherwise
+from finelip_fast._quantities import readable_size
 from finelip_fast.checkpoint.saving import add_weights
 from finelip_fast.datasets import PairDataset
 from finelip_fast.datasets.survey import Survey, survey
@@ -36,8 +37,10 @@ from finelip_fast.tokenizer import encode_batch, expected_truncation
 
 _logger = logging.getLogger(__name__)
 
-_FORMAT = 1
+_FORMAT = 2
 _MAX_ABOUT = 1 << 16  # bytes of features.json
+# Sizes that have no effect on features; the context's length is stated beside them.
+_OF_SCORES = ("aggregated_tokens", "aggregator_hidden", "trained_aggregators", "alpha", "logit_bias", "context_length")
 # Pictures and captions per part, about 13 MB with ViT-B/16.
 _PICTURES, _CAPTIONS = 64, 256
 # Number of parts that a process keeps open, each memory-mapped.
@@ -94,14 +97,15 @@ def _opened(path: Path) -> Any:
         return _kept_open(path, (status.st_ino, status.st_mtime_ns, status.st_size))
     except (OSError, safetensors.SafetensorError) as error:
         raise TrainingError(
-            f"cannot read features from {path}: {error}; remove the file, and the same command computes it again"
+            f"cannot read features from {path}: {error}; the same command computes them again"
         ) from None
 
 
 @lru_cache(maxsize=_OPEN)
 def _kept_open(path: Path, identity: tuple[int, int, int]) -> Any:
     """Open a part; ``identity`` changes with the file, for a folder that is removed and computed again."""
-    return safetensors.safe_open(path, framework="pt")
+    with utf8_path(path) as readable:
+        return safetensors.safe_open(readable, framework="pt")
 
 
 def compute(
@@ -115,6 +119,8 @@ def compute(
     progress: bool = True,
 ) -> Features:
     """Compute the missing features in a process's share of all pairs.
+
+    Files that have changed since are encoded again, and pictures that could not be read are tried again.
 
     Args:
         model: Model whose encoders compute the features, on its device.
@@ -130,7 +136,7 @@ def compute(
         WriteError: A file cannot be written.
         TrainingError: The features are not finite, or exceed the range of float16.
     """
-    known = survey(pairs)
+    known = survey(pairs, stamps=True)
     features = Features(folder, known)
     _check_folder(
         folder,
@@ -143,17 +149,17 @@ def compute(
         },
     )
     todo = _parts(model, features)
-    missing = [entry for entry in todo[rank::world] if not entry[0].exists()]
-    size = sum(nbytes for *_, nbytes in missing)
+    missing = [part for part in todo[rank::world] if not _is_current(part, model, pairs, known)]
+    size = sum(part.nbytes for part in missing)
     _check_room(folder, size)
     if missing:
         _logger.info(
-            "features of %d pictures and %d captions: %.1f GB in %s, %.1f GB of them to compute",
+            "features of %d pictures and %d captions: %s in %s, %s of them to compute",
             len(known.ids),
             len(known.captions),
-            sum(nbytes for *_, nbytes in todo) / 1e9,
+            readable_size(sum(part.nbytes for part in todo)),
             folder,
-            size / 1e9,
+            readable_size(size),
         )
     is_training, on_gpu = model.training, model.device.type == "cuda"
     encoders = encoders_of(model, precision) if missing else model
@@ -173,23 +179,55 @@ def compute(
     return features
 
 
-def missing_bytes(model: FineLIP, known: Survey, folder: Path) -> int:
+def missing_bytes(model: FineLIP, pairs: PairDataset, known: Survey, folder: Path) -> int:
     """Number of bytes that :func:`compute` has yet to write."""
-    return sum(nbytes for path, _, nbytes in _parts(model, Features(folder, known)) if not path.exists())
+    todo = _parts(model, Features(folder, known))
+    return sum(part.nbytes for part in todo if not _is_current(part, model, pairs, known))
 
 
-def _parts(model: FineLIP, features: Features) -> list[tuple[Path, range, int]]:
-    """List every part: its file, the numbers of its pictures or captions, and its size in bytes."""
+class _Part(NamedTuple):
+    """A file of features, the numbers of its pictures or captions, and its size in bytes."""
+
+    path: Path
+    numbers: range
+    nbytes: int
+
+
+def _is_current(part: _Part, model: FineLIP, pairs: PairDataset, known: Survey) -> bool:
+    """Return whether a part exists, is of its files as they are, and lacks no picture that can be read by now."""
+    try:
+        with utf8_path(part.path) as path, safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (OSError, safetensors.SafetensorError):  # missing or damaged
+        return False
+    if "broken" not in metadata:  # captions, which features.json identifies
+        return True
+    broken = json.loads(metadata["broken"])
+    return metadata.get("stamps") == _stamps(known, part.numbers) and not any(
+        _can_be_read(model, pairs, known, part.numbers[int(row)]) for row in broken
+    )
+
+
+def _can_be_read(model: FineLIP, pairs: PairDataset, known: Survey, number: int) -> bool:
+    try:
+        _pixels(model, pairs, known, number)
+    except ImageError:
+        return False
+    return True
+
+
+def _parts(model: FineLIP, features: Features) -> list[_Part]:
+    """List every part of pictures, then every part of captions."""
     known, row_bytes = features.known, 2 * model.config.embed_dim
     with expected_truncation():
         lengths = encode_batch(known.captions, model.config.context_length, tokenizer=model.tokenizer).lengths
     picture_bytes = (1 + model.config.patches) * row_bytes
     pictures = [
-        (features._picture_part(part), numbers, len(numbers) * picture_bytes)
+        _Part(features._picture_part(part), numbers, len(numbers) * picture_bytes)
         for part, numbers in enumerate(_steps(len(known.ids), _PICTURES))
     ]
     captions = [
-        (features._caption_part(part), numbers, int(lengths[numbers.start : numbers.stop].sum()) * row_bytes)
+        _Part(features._caption_part(part), numbers, int(lengths[numbers.start : numbers.stop].sum()) * row_bytes)
         for part, numbers in enumerate(_steps(len(known.captions), _CAPTIONS))
     ]
     return pictures + captions
@@ -211,11 +249,14 @@ def encoders_of(model: FineLIP, precision: LinearPrecision) -> FineLIP:
 
 
 def _identity(model: FineLIP) -> str:
-    """SHA-256 in hex of the encoders' weights and the tokenizer's name; the aggregators' weights change in training."""
-    digest = hashlib.sha256()
+    """SHA-256 in hex of the encoders' weights and of all that affects what they compute.
+
+    The aggregators' weights and the weight of the global score change in training.
+    """
+    sizes = {name: value for name, value in model.config.to_dict().items() if name not in _OF_SCORES}
+    digest = hashlib.sha256(f"{json.dumps(sizes, sort_keys=True)}{model.preprocess!r}".encode())
     for encoder in (model.visual, model.text):
         add_weights(digest, encoder.state_dict())
-    digest.update(model.config.tokenizer.encode())
     return digest.hexdigest()
 
 
@@ -227,14 +268,32 @@ def _encode_pictures(
     pixels, broken = torch.zeros(len(numbers), 3, side, side), {}
     for row, number in enumerate(numbers):
         try:
-            pixels[row] = model.preprocess(pairs[known.first[number]].image)
-        except ImageError as error:  # names the picture
+            pixels[row] = _pixels(model, pairs, known, number)
+        except ImageError as error:
             broken[str(row)] = str(error)
-        except (FineLIPError, OSError) as error:
-            broken[str(row)] = f"{known.ids[number]}: {error}"
     features = model.visual(pixels.to(model.device)).half().cpu()
     features[[int(row) for row in broken]] = 0
-    return {"features": features.contiguous()}, {"broken": json.dumps(broken)}
+    metadata = {"broken": json.dumps(broken), "stamps": _stamps(known, numbers)}
+    return {"features": features.contiguous()}, metadata
+
+
+def _stamps(known: Survey, numbers: range) -> str:
+    """Sizes and times of pictures that are files, as JSON."""
+    return json.dumps(known.stamps[numbers.start : numbers.stop])
+
+
+def _pixels(model: FineLIP, pairs: PairDataset, known: Survey, number: int) -> Tensor:
+    """Read a picture as the model's pixels.
+
+    Raises:
+        ImageError: It cannot be read; the message names it.
+    """
+    try:
+        return model.preprocess(pairs[known.first[number]].image)
+    except ImageError:  # names the picture
+        raise
+    except (FineLIPError, OSError) as error:
+        raise ImageError(f"{known.ids[number]}: {error}") from error
 
 
 def _encode_captions(model: FineLIP, captions: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -260,8 +319,8 @@ def _check_room(folder: Path, size: int) -> None:
     free = shutil.disk_usage(folder).free
     if size + _SPARE > free:
         raise ConfigError(
-            f"expected {size / 1e9:.1f} GB of free space for features in {folder}, found {free / 1e9:.1f} GB; pass --features "
-            "on another disk, or use fewer pairs"
+            f"expected {readable_size(size + _SPARE)} of free space for features in {folder}, found {readable_size(free)}; "
+            "pass --features on another disk, or use fewer pairs"
         )
 
 

@@ -1,4 +1,4 @@
-"""A small text-to-image model of drawn scenes that reads a checkpoint's text tokens: ``python training/generator.py``.
+"""A small text-to-image model of drawn scenes that reads a checkpoint's text tokens: ``finelip study generator``.
 
 Drawn scenes show what more tokens are worth to a generator, since everything that a caption describes is known: the model is
 trained twice, on captions cut at 77 and at 256 tokens, and ``finelip study drawing`` compares the pictures with the
@@ -8,18 +8,11 @@ Stable Diffusion. The same command resumes a stopped run, with bit-identical res
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # before the imports, whose seconds are part of the command
-    from finelip_fast._command_line import run_main
-
-    raise SystemExit(run_main("finelip_fast.training.generator"))
-
-import argparse
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,40 +31,13 @@ from finelip_fast.datasets.scenes import Scene, Scenes
 from finelip_fast.errors import ConfigError, InputError
 from finelip_fast.model import FineLIP
 from finelip_fast.tokenizer import encode_batch, expected_truncation
+from finelip_fast.training.generator_config import GROUPS, SQUARE, GeneratorConfig
 from finelip_fast.training.start import autocast
 
 _MAX_BYTES = 1 << 20
 _EXPECTED = "the configuration of a run"
 _FREE_TO_CHANGE = ("out", "save_every", "device")  # when a run is resumed
 _NOISE_STEPS = 1_000
-_SQUARE = 2  # side in pixels of the squares that the U-Net sees as one position
-
-
-def _option(default: Any, text: str) -> Any:
-    return dataclasses.field(default=default, metadata={"help": text})
-
-
-@dataclass(frozen=True, kw_only=True)
-class GeneratorConfig:
-    """A run; each field is an option of the command."""
-
-    out: str = dataclasses.field(metadata={"help": "folder of the run"})
-    context_length: int = _option(256, "longest caption in tokens")
-    checkpoint: str = _option("", "checkpoint whose text encoder reads captions; none: the bundled one")
-    scenes: int = _option(409_600, "scenes of the training split")
-    image_size: int = _option(64, "side of the pictures in pixels; the U-Net sees squares of 2 x 2 as one place")
-    channels: tuple[int, ...] = _option(
-        (48, 96, 144), "channels of the U-Net at each halving of the places; all but the first look at the text"
-    )
-    steps: int = _option(6_000, "optimizer steps")
-    batch_size: int = _option(32, "scenes of a step")
-    learning_rate: float = _option(4e-4, "peak learning rate, which falls to zero by a cosine")
-    warmup_steps: int = _option(200, "steps of linear warm-up")
-    unconditional: float = _option(0.1, "share of the captions that are left out, for guidance")
-    ema_decay: float = _option(0.998, "decay of the average of the weights, which is what draws")
-    save_every: int = _option(100, "steps after which the state is kept")
-    seed: int = _option(0, "seed of weights, pictures and noise")
-    device: str = _option("auto", "cpu, cuda, or auto for a GPU if there is one")
 
 
 class Condition:
@@ -153,7 +119,7 @@ class Generator:
             conditional, unconditional = velocities.chunk(2)
             velocity = unconditional + guidance_scale * (conditional - unconditional)
             pictures = scheduler.step(velocity, step, pictures).prev_sample
-        return (F.pixel_shuffle(pictures, _SQUARE) / 2 + 0.5).clamp(0, 1).cpu()
+        return (F.pixel_shuffle(pictures, SQUARE) / 2 + 0.5).clamp(0, 1).cpu()
 
 
 _SCHEDULE: dict[str, Any] = {
@@ -167,7 +133,6 @@ def make_unet(config: GeneratorConfig, width: int) -> Any:
     """Make a run's U-Net, with random weights; ``width`` is that of the text features.
 
     Raises:
-        ConfigError: The side of the pictures cannot be halved as often as the channels require.
         InputError: The package diffusers is missing.
     """
     try:
@@ -175,23 +140,17 @@ def make_unet(config: GeneratorConfig, width: int) -> Any:
     except ImportError:
         raise InputError("drawing scenes needs diffusers: pip install 'finelip-fast[diffusion]'") from None
     looking = len(config.channels) - 1
-    multiple = _SQUARE << looking
-    if config.image_size < multiple or config.image_size % multiple:
-        raise ConfigError(
-            f"expected image_size a multiple of {multiple}, which {looking + 1} channels halve {looking} times, got "
-            f"{config.image_size}"
-        )
     return UNet2DConditionModel(
-        sample_size=config.image_size // _SQUARE,
-        in_channels=3 * _SQUARE**2,
-        out_channels=3 * _SQUARE**2,
+        sample_size=config.image_size // SQUARE,
+        in_channels=3 * SQUARE**2,
+        out_channels=3 * SQUARE**2,
         layers_per_block=1,
         block_out_channels=config.channels,
         down_block_types=("DownBlock2D", *["CrossAttnDownBlock2D"] * looking),
         up_block_types=(*["CrossAttnUpBlock2D"] * looking, "UpBlock2D"),
         cross_attention_dim=width,
         attention_head_dim=max(1, config.channels[-1] // 48),
-        norm_num_groups=min(8, *config.channels),
+        norm_num_groups=GROUPS,
     )
 
 
@@ -205,7 +164,7 @@ def train_generator(config: GeneratorConfig, *, progress: bool = True) -> None:
     """Start or resume a training run.
 
     Raises:
-        ConfigError: The folder holds a run with another configuration, or this one is invalid.
+        ConfigError: The folder holds a run with another configuration, or the checkpoint reads fewer tokens.
         EngineError: This machine has no such device.
         InputError: The package diffusers is missing.
         WriteError: The disk is full; the same command resumes the run.
@@ -228,7 +187,7 @@ def train_generator(config: GeneratorConfig, *, progress: bool = True) -> None:
         random, generator = Random(f"{config.seed}/{step}"), _generator(config.seed, step)
         batch = [scenes[random.randrange(len(scenes))] for _ in range(config.batch_size)]
         captions = [scene.caption if random.random() >= config.unconditional else "" for scene in batch]
-        pixels = F.pixel_unshuffle(2 * as_pixels(batch, config.image_size) - 1, _SQUARE).to(device)
+        pixels = F.pixel_unshuffle(2 * as_pixels(batch, config.image_size) - 1, SQUARE).to(device)
         tokens, mask = (tensor.clone() for tensor in condition(captions))  # copies that are not inference tensors
         noise = torch.randn(pixels.shape, generator=generator).to(device)
         at = torch.randint(_NOISE_STEPS, (len(batch),), generator=generator).to(device)
@@ -274,13 +233,15 @@ def _resume(folder: Path, config: GeneratorConfig, *parts: Any) -> int:
     """Restore the folder's state, if it has one, and return the step to resume from."""
     values = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE_TO_CHANGE}
     about = {**values, "channels": list(config.channels)}
-    path = folder / "config.json"
+    path, state_path = folder / "config.json", folder / "state.pt"
+    if path.exists() and not state_path.exists():
+        path.unlink()  # of a run that stopped before there was anything to resume
     changed = stated_otherwise(path, about, error=ConfigError, expected=_EXPECTED, max_bytes=_MAX_BYTES)
     if changed:
         raise ConfigError(f"{folder} holds a run of other {', '.join(changed)}: give another --out, or remove it")
-    if not (folder / "state.pt").exists():
+    if not state_path.exists():
         return 0
-    state = read_weights(folder / "state.pt")
+    state = read_weights(state_path)
     for name, part in zip(_PARTS, parts, strict=True):
         part.load_state_dict(state[name])
     return int(state["step"])
@@ -292,27 +253,3 @@ _PARTS = ("weights", "average", "optimizer", "rates")
 def _save(folder: Path, step: int, *parts: Any) -> None:
     state = {"step": step, **{name: part.state_dict() for name, part in zip(_PARTS, parts, strict=True)}}
     write_whole(folder / "state.pt", lambda path: torch.save(state, path))
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are shown as those of every command."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; see {self.prog} --help")
-
-
-def main() -> None:
-    """Run the command."""
-    parser = _Parser(description="Train a small text-to-image model of drawn scenes.")
-    for field in dataclasses.fields(GeneratorConfig):
-        several = {"nargs": "+", "type": int} if field.name == "channels" else {}
-        is_required = field.default is dataclasses.MISSING
-        options: dict[str, Any] = {"required": True} if is_required else {"type": type(field.default), **several}
-        text = field.metadata["help"] + (
-            "" if field.default in (dataclasses.MISSING, "") else f" (default: {field.default})"
-        )
-        parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **options)
-    values = vars(parser.parse_args())
-    if "channels" in values:
-        values["channels"] = tuple(values["channels"])
-    train_generator(GeneratorConfig(**values))

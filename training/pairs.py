@@ -167,7 +167,8 @@ class GroupedSampler(Sampler[list[int]]):
         return self.size // (self.batch_size * self.world)
 
     def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        # A generator takes 64 bits.
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % (1 << 64))
         groups = torch.randperm(self.size // self.group, generator=generator)
         order = (groups[:, None] * self.group + torch.arange(self.group)).flatten()
         global_batch = self.batch_size * self.world

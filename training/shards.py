@@ -177,7 +177,7 @@ def _opened(name: str) -> Any:
 
 
 def _path(name: str) -> str:
-    return re.sub(r"^file:(//)?", "", name, flags=re.IGNORECASE)
+    return os.path.expanduser(re.sub(r"^file:(//)?", "", name, flags=re.IGNORECASE))
 
 
 class _Counted:

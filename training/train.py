@@ -198,13 +198,16 @@ class Trainer:
         model = self._averaged().eval()
         with autocast(self.device, self.config.precision):
             metrics = validate(model, pairs, name=self.config.validation, alphas=self.config.alphas, features=features)
-        for checked in (model, self.model):
-            checked.config = checked.config.replace(alpha=metrics["val_alpha"])
+        self._take_alpha(metrics["val_alpha"])
         self.model.train()
         if mean_recall(metrics) > mean_recall(self.best):
             self.best = {**metrics, "step": float(self.step)}
             checkpoint.save(model, self.out / "best", metadata=self._metadata(metrics))
         return metrics
+
+    def _take_alpha(self, alpha: float) -> None:
+        for model in (self.model, self._averaged()):
+            model.config = model.config.replace(alpha=alpha)
 
     def _check_weights(self) -> None:
         """Refuse to continue with weights that a step has made NaN or infinite; every process has the same weights."""
@@ -250,6 +253,7 @@ class Trainer:
             "seen": self.seen,
             "broken": self.broken,
             "best": self.best,
+            "alpha": self.model.alpha,
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict() if self.ema else None,
             "optimizer": self.optimizer.state_dict(),
@@ -305,6 +309,8 @@ class Trainer:
             group["peak_lr"] = peak
         if self.ema:
             self.ema.load_state_dict(state["ema"])
+        # An earlier version kept only that of the best validation.
+        self._take_alpha(float(state.get("alpha", self.best.get("val_alpha", self.model.alpha))))
         torch.set_rng_state(state["rng"].cpu())
         if "place" in state:
             data.load_state_dict(state["place"])

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from finelip_fast._arguments import whole_number
+from finelip_fast._files import expand_home
 from finelip_fast._json import read_json
 from finelip_fast.checkpoint.architecture import (
     Hints,
@@ -106,7 +107,7 @@ def open_checkpoint(
     if not os.fspath(checkpoint):
         raise InputError("expected a checkpoint's path or name, got ''; leave it out for the bundled model")
     name = os.fspath(checkpoint)
-    path = _path(name)
+    path = expand_home(name)
     try:
         if path.is_dir():
             return _open_folder(path, context_length, hints)
@@ -126,10 +127,6 @@ def open_checkpoint(
         f"{name:.200}: no such file or folder; expected a checkpoint's folder or file, 'open_clip:MODEL/WEIGHTS', "
         "or 'org/name' of a repository on the Hugging Face hub"
     )
-
-
-def _path(name: str) -> Path:
-    return Path(os.path.expanduser(name))  # Path.expanduser raises if there is no such user
 
 
 def _open_folder(folder: Path, context_length: int | None, hints: Hints, weights: Path | None = None) -> Opened:
@@ -258,7 +255,7 @@ def _open_by_open_clip_name(name: str, context_length: int | None) -> Opened:
             "'open_clip:ViT-B-16/openai'; open_clip.list_models() lists the models"
         )
     pretrained = open_clip.get_pretrained_cfg(model_name, tag)
-    file = _path(tag)
+    file = expand_home(tag)
     if not pretrained and not file.is_file():
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(model_name))
         raise CheckpointError(

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any, NamedTuple
 
 import safetensors.torch
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor
 
 from finelip_fast._arguments import floating_dtype, folder_path
-from finelip_fast._files import file_hash, write_error, write_whole
+from finelip_fast._files import expand_home, file_hash, write_error, write_set
 from finelip_fast._json import parse_json
+from finelip_fast._terminal import printable
 from finelip_fast.checkpoint.architecture import Hints
 from finelip_fast.checkpoint.building import Contents, build, not_finite
 from finelip_fast.checkpoint.foreign import shortened
@@ -40,7 +42,8 @@ def save(
 ) -> None:
     """Write a model in our format.
 
-    Each file is written under a temporary name and renamed, the configuration last, so readers see a complete file or none.
+    All files are written under temporary names before any is renamed, the configuration last. It is absent while an earlier
+    checkpoint in the folder is replaced, so nobody reads the weights of one with the sizes of the other.
 
     Args:
         model: The model.
@@ -80,21 +83,25 @@ def save(
             else "its training diverged: take an earlier checkpoint, and train with lower learning rates"
         )
         raise InputError(f"expected finite weights, got NaN or infinity in {shortened(broken)}; {remedy}")
-    digests = []
+    config = {"format": FORMAT, **model.config.to_dict()}
 
-    def write(path: Path) -> None:
+    def write_weights(path: Path) -> None:
         safetensors.torch.save_file(tensors, path, {"format": "pt"})
-        digests.append(file_hash(path))
+        config["weights_sha256"] = file_hash(path)
+
+    def write_config(path: Path) -> None:
+        path.write_text(json.dumps({**config, "metadata": values}, indent=2) + "\n")
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise write_error(folder, error) from error
-    if content:
-        write_whole(folder / TOKENIZER, lambda path: path.write_bytes(content), size=len(content))
-    write_whole(folder / "model.safetensors", write, size=sum(tensor.nbytes for tensor in tensors.values()))
-    config = {"format": FORMAT, **model.config.to_dict(), "weights_sha256": digests[0], "metadata": values}
-    write_whole(folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
+    files = [
+        (folder / TOKENIZER, lambda path: path.write_bytes(content), len(content)),
+        (folder / "model.safetensors", write_weights, sum(tensor.nbytes for tensor in tensors.values())),
+        (folder / "config.json", write_config, 0),
+    ]
+    write_set(files if content else files[1:])
 
 
 def convert(
@@ -111,7 +118,7 @@ def convert(
     """Write a checkpoint in our format: any that :func:`load` reads, or weights whose missing configuration is given here.
 
     Args:
-        source: Folder, file or name, as for :func:`load`. The metadata of a folder in our format is kept.
+        source: Folder, file or name, as for :func:`load`. The metadata of one in our format is kept.
         out: Folder to write.
         context_length: Longest caption in tokens, as in :func:`load`.
         dtype: Precision on disk. Default: float32.
@@ -137,19 +144,27 @@ def convert(
     config = opened.contents.config
     config = config.replace(alpha=config.choose_alpha(alpha))
     model = build(opened.contents._replace(config=config), FineLIP)
-    # Only the last part of a path: its location on this machine is private.
-    name = "bundled" if source is None else Path(source).name if Path(source).exists() else os.fspath(source)
-    config_file = Path(source) / "config.json" if source is not None and layout == "finelip_fast" else None
-    history = read_config(config_file).get("metadata") if config_file is not None and config_file.is_file() else {}
-    if not isinstance(history, dict):
-        raise CheckpointError(f"{config_file}: expected metadata as an object, found {history!r:.40}")
-    save(model, out, dtype=dtype, metadata={**history, "source": name, "layout": layout})
+    history = _recorded(opened, "metadata")
+    if not isinstance(history, (dict, NoneType)):
+        raise CheckpointError(
+            f"{opened.weights.parent / 'config.json'}: expected metadata as an object, found {history!r:.40}"
+        )
+    save(model, out, dtype=dtype, metadata={**(history or {}), "source": name_of(source), "layout": layout})
     return {
         "layout": layout,
         **_sizes(config),
         "dtype": str(dtype or model.dtype).removeprefix("torch."),
         "folder": os.fspath(out),
     }
+
+
+def name_of(source: str | os.PathLike[str] | None) -> str:
+    """Name of a checkpoint as it is recorded: the last part of a path, whose place on this machine is private."""
+    if source is None:
+        return "bundled"
+    path = expand_home(source)
+    name = os.path.basename(os.path.abspath(path)) if path.exists() else source
+    return printable(name)  # a path may not be UTF-8, JSON must be
 
 
 def _sizes(config: FineLIPConfig) -> dict[str, Any]:

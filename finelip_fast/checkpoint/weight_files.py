@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from finelip_fast._files import kind_of, plain_name
+from finelip_fast._files import kind_of, plain_name, utf8_path
 from finelip_fast._json import read_json
 from finelip_fast.checkpoint import tensor_pickle
 from finelip_fast.checkpoint.foreign import shortened
@@ -132,7 +132,8 @@ def _read_file(path: Path) -> Mapping[str, Any]:
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
-        return safetensors.torch.load_file(path)
+        with utf8_path(path) as readable:
+            return safetensors.torch.load_file(readable)
     except Exception as error:  # with a damaged header, PyTorch may raise any error
         raise CheckpointError(
             f"{path}: expected a safetensors file, found a truncated or damaged one: {error}"

@@ -20,6 +20,7 @@ from finelip_fast.cli.commands import (
     shows_progress,
     standalone_model_options,
 )
+from finelip_fast.cli.fields import FieldsCommand, typed
 from finelip_fast.cli.values import OneOf
 from finelip_fast.errors import ConfigError, InputError
 
@@ -179,7 +180,7 @@ def generation(out: str, **options: Any) -> Any:
 
 @click.command("study drawing", cls=Command)
 @click.option(
-    "--generators", cls=Several, metavar="FOLDER", required=True, help="Runs of training/generator.py, to compare."
+    "--generators", cls=Several, metavar="FOLDER", required=True, help="Runs of finelip study generator, to compare."
 )
 @click.option("--scenes", type=int, default=400, help="Number of scenes to generate, a multiple of 4.")
 @click.option("--judge", metavar="CHECKPOINT", help="Checkpoint that ranks the pictures.  [default: the bundled one]")
@@ -196,6 +197,27 @@ def drawing(out: str, generators: tuple[str, ...], **options: Any) -> Any:
     from finelip_fast.studies.drawing import DrawingSetting, drawing
 
     return _record(drawing(DrawingSetting(generators, **options, progress=shows_progress())), out)
+
+
+def _generator_config() -> type[Any]:
+    from finelip_fast.training.generator_config import GeneratorConfig
+
+    return GeneratorConfig
+
+
+@click.command("study generator", cls=FieldsCommand, config=_generator_config, required=("out",))
+def generator(**options: Any) -> Any:
+    """Train a small text-to-image model of drawn scenes for finelip study drawing; run again with the same --out, it resumes.
+
+    It is trained from random weights and reads the text tokens of a checkpoint. Train one on captions cut at 77 tokens and
+    another at 256.
+    """
+    from finelip_fast.training.generator import train_generator
+    from finelip_fast.training.generator_config import GeneratorConfig
+
+    config = GeneratorConfig(**typed(options))
+    train_generator(config, progress=not is_quiet())
+    return {"out": config.out, "steps": config.steps}
 
 
 def _record(record: Any, out: str) -> Any:

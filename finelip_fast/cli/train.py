@@ -2,56 +2,48 @@
 
 from __future__ import annotations
 
-import dataclasses
-from functools import cache
-from typing import Any, get_type_hints
+from typing import Any
 
 import click
 
-from finelip_fast.cli.commands import Command, Several, is_quiet
-from finelip_fast.cli.values import OneOf, with_type
+from finelip_fast.cli.commands import is_quiet
+from finelip_fast.cli.fields import FieldsCommand, typed
 
 # Fields of the configuration that are options of ``finelip adapt``.
 _ADAPT = (
-    *(
-        "validation",
-        "root",
-        "alpha",
-        "context_length",
-        "loss",
-        "grounding",
-        "contextual",
-        "beta",
-        "augment",
-        "batch_size",
-    ),
-    *("group", "features", "feature_precision", "gradient_checkpointing", "precision", "workers", "max_broken_share"),
-    *("eval_every", "log_every", "tensorboard", "threads", "device", "seed"),
+    "validation",
+    "root",
+    "alpha",
+    "context_length",
+    "loss",
+    "grounding",
+    "contextual",
+    "beta",
+    "augment",
+    "batch_size",
+    "group",
+    "features",
+    "feature_precision",
+    "gradient_checkpointing",
+    "precision",
+    "workers",
+    "max_broken_share",
+    "eval_every",
+    "log_every",
+    "tensorboard",
+    "threads",
+    "device",
+    "seed",
 )
 
 
-class _Trains(Command):
-    """A command with fields of the configuration as options, which are loaded only when needed.
+def _config() -> type[Any]:
+    from finelip_fast.training.config import TrainConfig
 
-    Args:
-        fields: Names of the fields; None: all.
-        required: Names of the fields without which the command cannot run.
-    """
-
-    def __init__(
-        self, *args: Any, fields: tuple[str, ...] | None = None, required: tuple[str, ...] = (), **kwargs: Any
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self.fields, self.required = fields, required
-
-    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        """Return the command's own parameters, the options of the configuration, and those of every command."""
-        parameters = super().get_params(ctx)
-        count = len(self.params) - 2  # without --json and --quiet
-        return [*parameters[:count], *_options(self.fields, self.required), *parameters[count:]]
+    return TrainConfig
 
 
-class _Train(_Trains):
+class _Train(FieldsCommand):
     """A command whose help also lists the recipes."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -60,45 +52,6 @@ class _Train(_Trains):
 
         formatter.write_paragraph()
         formatter.write_text(f"Recipes: {', '.join(recipe_names())}.")
-
-
-@cache
-def _options(names: tuple[str, ...] | None, required: tuple[str, ...]) -> tuple[click.Option, ...]:
-    from finelip_fast.training.config import TrainConfig
-
-    hints = get_type_hints(TrainConfig)
-    fields = [field for field in dataclasses.fields(TrainConfig) if names is None or field.name in names]
-    return tuple(_option(field, hints[field.name], field.name in required) for field in fields)
-
-
-def _option(field: dataclasses.Field[Any], kind: Any, required: bool) -> click.Option:
-    """Return the option for a field; its value is None if not given, so that a recipe's value stays."""
-    flag, text = "--" + field.name.replace("_", "-"), field.metadata["help"]
-    text = text[0].upper() + text[1:] + "."
-    if field.default not in (dataclasses.MISSING, "", ()):
-        default = " ".join(field.default) if isinstance(field.default, tuple) else field.default
-        text += f"  [default: {default}]"
-    if kind is bool:
-        return click.Option([f"{flag}/--no-{flag[2:]}"], default=None, show_default=False, help=text)
-    if kind in (int, float, str):
-        option = click.Option([flag], type=_words().get(field.name, kind), required=required, help=text)
-        with_type(option)
-        return option
-    return Several([flag], metavar="TERM", help=text)
-
-
-@cache
-def _words() -> dict[str, OneOf]:
-    """Words that fields take; the configuration refuses all others."""
-    from finelip_fast.config import PRESETS
-
-    return {
-        "preset": OneOf(*PRESETS, closed=False),
-        "accumulation": OneOf("cached", "separate", closed=False),
-        "precision": OneOf("auto", "fp32", "bf16", closed=False),
-        "feature_precision": OneOf("fp32", "bf16", "int8", closed=False),
-        "device": OneOf("auto", "cpu", "cuda", closed=False),
-    }
 
 
 def _complete_recipe(*_: Any) -> list[str]:
@@ -110,6 +63,7 @@ def _complete_recipe(*_: Any) -> list[str]:
 
 @click.command(
     cls=_Train,
+    config=_config,
     renamed={"--val": "--validation", "--image-root": "--root", "--accumulate": "--accumulation-steps"},
 )
 @click.argument("recipe", required=False, shell_complete=_complete_recipe)
@@ -126,7 +80,7 @@ def train(recipe: str | None, **options: Any) -> Any:
     return train(config, progress=not is_quiet())
 
 
-@click.command(cls=_Trains, fields=_ADAPT, required=("validation",))
+@click.command(cls=FieldsCommand, config=_config, fields=_ADAPT, required=("validation",))
 @click.argument("base")
 @click.option("--out", required=True, metavar="FOLDER", help="Folder for the checkpoint, the features and the runs.")
 @click.option(
@@ -146,7 +100,6 @@ def adapt(base: str, **options: Any) -> Any:
     The first stage trains the aggregators on features that the encoders of BASE compute once; the second also trains the
     last blocks of the encoders. The checkpoint that is best on the validation pairs is written to --out.
     """
-    values = {name: value for name, value in options.items() if value not in (None, ())}
     from finelip_fast.training.adapt import adapt
 
-    return adapt(base, progress=not is_quiet(), **values)
+    return adapt(base, progress=not is_quiet(), **typed(options))

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from finelip_fast._files import write_error, write_whole
+from finelip_fast._files import utf8_path, write_error, write_whole
 
 PART = 1024  # rows per file: about 130 MB with 64 tokens in float32, and the most that an interrupted run loses
 
@@ -56,7 +56,7 @@ class StoredRows:
         if isinstance(part, Tensor):
             return part
         if self._mapped is None or self._mapped[0] != number:
-            with safe_open(part, framework="pt") as file:
+            with utf8_path(part) as path, safe_open(path, framework="pt") as file:
                 self._mapped = number, file.get_tensor(_ROWS)  # a view of the mapped file: read when used
         return self._mapped[1]
 
@@ -89,7 +89,7 @@ class PartFolder:
         if not self.path(number).is_file():  # a pipe would block
             return False
         try:
-            with safe_open(self.path(number), framework="pt") as file:
+            with utf8_path(self.path(number)) as path, safe_open(path, framework="pt") as file:
                 facts, stored = file.metadata() or {}, file.get_tensor(_ROWS)
         except (SafetensorError, OSError):  # a damaged file
             return False

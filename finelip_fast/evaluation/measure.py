@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from finelip_fast._arguments import listed, whole_number
-from finelip_fast._files import installed
+from finelip_fast._versions import library_version
 from finelip_fast.datasets import PairDataset
 from finelip_fast.datasets.survey import Survey, hash_of, survey
 from finelip_fast.engines import Engine
@@ -114,7 +114,7 @@ def evaluate(
         engine=engine.name,
         precision=engine.precision,
         device=engine.device.type,
-        version=installed("finelip-fast")["finelip-fast"],
+        version=library_version(),
         pairs_fingerprint=known.fingerprint,
         pictures=len(known.ids),
         pairs=len(known.captions),
@@ -195,7 +195,7 @@ class _Encoder:
                 "device": engine.device.type,
                 # Files of the same precision may have been made differently.
                 "files": sorted(engine.export.manifest.files.values()) if engine.export else [],
-                "version": installed("finelip-fast")["finelip-fast"],
+                "version": library_version(),
             },
         )
 

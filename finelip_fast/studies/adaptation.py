@@ -22,7 +22,7 @@ from finelip_fast.kernels.cpu import LinearPrecision
 from finelip_fast.metrics import WAYS
 from finelip_fast.model import FineLIP
 from finelip_fast.records import Plot, Record, Series, Table
-from finelip_fast.training.adapt import stages
+from finelip_fast.training.adapt import OF_ENCODERS, stages
 from finelip_fast.training.config import TrainConfig, load_recipe
 from finelip_fast.training.features import compute
 from finelip_fast.training.start import load_base
@@ -93,7 +93,7 @@ def adaptation(setting: AdaptationSetting) -> Record:
     for_features = _hours(
         folder,
         lambda: compute(
-            base, _open(first.train, base), folder / "train", precision=precision, progress=setting.progress
+            base, _open(first.train, base, first.root), folder / "train", precision=precision, progress=setting.progress
         ),
     )
     hours = {
@@ -101,7 +101,7 @@ def adaptation(setting: AdaptationSetting) -> Record:
         for way in ways
         for run in way.runs
     }
-    start, curves = 100 * mean_recall(_measured(base, first.validation)), []
+    start, curves = 100 * mean_recall(_measured(base, first.validation, first.root)), []
     rows = [_row("the base", base, setting.data)]
     for way in ways:
         spent = for_features if way.has_features else 0.0
@@ -123,8 +123,10 @@ def _ways(setting: AdaptationSetting, recipe: dict[str, Any]) -> list[Way]:
     shared |= {"steps": setting.steps, "aggregator_lr": setting.aggregator_lr, "features": str(folder / "features")}
     ways = []
     for name, unfreeze in ADAPTATIONS.items():
-        of_encoders = {"encoder_steps": setting.encoder_steps, "encoder_lr": setting.encoder_lr}
-        options = shared if unfreeze == "none" else shared | of_encoders
+        if unfreeze == "none":
+            options = {name: value for name, value in shared.items() if name not in OF_ENCODERS}
+        else:
+            options = shared | {"encoder_steps": setting.encoder_steps, "encoder_lr": setting.encoder_lr}
         runs = stages(setting.base, out=str(folder), unfreeze=unfreeze, **options)
         second = [dataclasses.replace(run, out=f"{folder / unfreeze.replace(':', '-')}") for run in runs[1:]]
         ways.append(Way(name, [runs[0], *second]))
@@ -143,14 +145,14 @@ def _refuse_others(setting: AdaptationSetting, recipe: dict[str, Any], base: Fin
         )
 
 
-def _open(spec: str, model: FineLIP) -> PairDataset:
-    pairs: PairDataset = open_dataset(spec, image_size=model.config.image_size)
+def _open(spec: str, model: FineLIP, root: str) -> PairDataset:
+    pairs: PairDataset = open_dataset(spec, image_size=model.config.image_size, root=root or None)
     return pairs
 
 
 @torch.inference_mode()
-def _measured(model: FineLIP, data: str) -> dict[str, float]:
-    return validate(model.eval(), _open(data, model), name=data)
+def _measured(model: FineLIP, data: str, root: str = "") -> dict[str, float]:
+    return validate(model.eval(), _open(data, model, root), name=data)
 
 
 def _hours(folder: Path, work: Callable[[], object]) -> float:

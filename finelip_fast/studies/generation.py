@@ -116,6 +116,8 @@ def generation(setting: GenerationSetting) -> Record:
     """
     check_choices(setting.layer, setting.second)
     whole_number("seed", setting.seed, least=0, most=1 << 62)
+    if setting.steps is not None:
+        whole_number("steps", setting.steps)
     require_packages()
     device = find_device(setting.device)
     with warnings.catch_warnings():
@@ -131,7 +133,7 @@ def generation(setting: GenerationSetting) -> Record:
         "checkpoint": fingerprint(model)[:12],
         "layer": setting.layer or "the pipeline's own",
         "second": setting.second,
-        "steps": setting.steps or "the pipeline's own",
+        "steps": "the pipeline's own" if setting.steps is None else setting.steps,
         "guidance_scale": "the pipeline's own" if setting.guidance_scale is None else setting.guidance_scale,
         "seed": setting.seed,
         "data": known.fingerprint[:12],

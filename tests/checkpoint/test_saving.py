@@ -24,6 +24,12 @@ from finelip_fast.tokenizer import CLIP_BPE
 from .files import assert_same_weights, load_untrained
 
 
+def test_a_folder_whose_name_is_not_utf8_is_saved_and_loaded(model, tmp_path):
+    save(model, tmp_path / "caf\udce9")
+    assert_same_weights(load(tmp_path / "caf\udce9"), model)
+    assert verify(tmp_path / "caf\udce9")["status"] == "ok"
+
+
 def test_what_is_saved_is_loaded(model, folder, make_captions):
     loaded = load(folder)
     assert loaded.config == model.config
@@ -75,6 +81,30 @@ def test_saving_again_replaces_and_a_failure_leaves_the_old(model, folder, make_
     assert_same_weights(load(folder), model)
     save(replacement, folder)
     assert_same_weights(load(folder), replacement)
+
+
+def test_weights_never_stand_beside_the_sizes_of_others(model, folder, make_model, monkeypatch):
+    replacement = make_model(seed=1, vision_heads=2, text_heads=1, context_length=77)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", lambda path, text: path.write_bytes(b"half") / 0)
+        with pytest.raises(ZeroDivisionError):
+            save(replacement, folder)
+    assert load(folder).config == model.config
+    assert_same_weights(load(folder), model)
+    rename = Path.replace
+
+    def killed(path, target):
+        rename(path, target)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            save(replacement, folder)
+    with pytest.raises(CheckpointError):
+        load(folder)
+    save(replacement, folder)
+    assert load(folder).config == replacement.config
 
 
 def test_metadata_must_be_plain(model, tmp_path):
@@ -173,11 +203,32 @@ def test_converting_our_own_changes_nothing(folder, tmp_path, model):
     assert fingerprint(tmp_path / "again") == fingerprint(model)
 
 
-def test_converting_our_own_keeps_what_is_known_of_it(model, tmp_path):
+@pytest.mark.parametrize("source", ["trained", "~/trained", "trained/model.safetensors"])
+def test_converting_our_own_keeps_what_is_known_of_it(model, tmp_path, monkeypatch, source):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
     save(model, tmp_path / "trained", metadata={"step": 7, "source": "nowhere"})
-    convert(tmp_path / "trained", tmp_path / "half", dtype=torch.float16)
+    convert(source, tmp_path / "half", dtype=torch.float16)
     metadata = json.loads((tmp_path / "half" / "config.json").read_text())["metadata"]
-    assert metadata == {"step": 7, "source": "trained", "layout": "finelip_fast"}
+    assert metadata == {"step": 7, "source": os.path.basename(source), "layout": "finelip_fast"}
+
+
+@pytest.mark.parametrize(
+    ("source", "recorded"),
+    [("caf\udce9.pt", r"caf\udce9.pt"), ("~/clip.pt", "clip.pt"), (".", "base")],
+    ids=["not UTF-8", "at home", "the working folder"],
+)
+def test_the_name_of_what_is_converted_is_recorded_and_its_place_is_not(
+    clip_state, folder, known_widths, tmp_path, monkeypatch, source, recorded
+):
+    home = tmp_path / "base"
+    folder.rename(home)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(home)
+    if source != ".":
+        torch.save(clip_state, os.path.expanduser(source))
+    convert(source, tmp_path / "out", activation=None if source == "." else "gelu")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["metadata"]["source"] == recorded
 
 
 @pytest.mark.parametrize("hint", [{"activation": "gelu"}, {"heads": 2}, {"key": "model"}])

@@ -83,11 +83,12 @@ def files(folder: Path) -> list[Path]:
     return sorted(folder.rglob("*.safetensors"))
 
 
-def test_the_cache_changes_nothing_and_saves_everything(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["cache", "caf\udce9"], ids=ascii)
+def test_the_cache_changes_nothing_and_saves_everything(tmp_path: Path, name: str) -> None:
     expected = run(Counting()).rows
     first, second = Counting(), Counting()
-    assert run(first, cache=tmp_path).rows == expected
-    assert run(second, cache=tmp_path).rows == expected
+    assert run(first, cache=tmp_path / name).rows == expected
+    assert run(second, cache=tmp_path / name).rows == expected
     assert (first.images, first.texts, second.images, second.texts) == (COUNT, COUNT + 1, 0, 0)
     assert len(files(tmp_path)) == 6  # three parts each for pictures and captions
     assert {path for path in tmp_path.rglob("*") if path.is_file()} == set(files(tmp_path))  # no other files

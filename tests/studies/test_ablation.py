@@ -291,6 +291,14 @@ def test_a_finished_run_is_measured_on_other_pairs_without_training(recipes: lis
     assert set(result["measured"]) == {"scenes:val:4", "scenes:test:8", "scenes:test:4"}
 
 
+@pytest.mark.parametrize("option", ["--steps", "--jobs"])
+def test_zero_steps_and_zero_jobs_are_refused(
+    recipes: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    assert main(["study", "ablation", *recipes, option, "0", "--out", str(tmp_path / "studies")]) == 2
+    assert f"expected {option} of at least 1, got 0" in capsys.readouterr().err
+
+
 def test_runs_of_other_options_are_refused(
     recipes: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from finelip_fast import checkpoint
 from finelip_fast.cli import main
+from finelip_fast.datasets import open_dataset
 from finelip_fast.errors import ConfigError, TrainingError
 from finelip_fast.studies import adaptation
 from finelip_fast.studies.adaptation import ADAPTATIONS, EVERYTHING
@@ -31,6 +32,8 @@ def command(tmp_path: Path, make_model: Any, monkeypatch: pytest.MonkeyPatch) ->
         "group": 4,
         "tensorboard": False,
         "device": "cpu",
+        "augment": ["sentences:0.5"],
+        "gradient_checkpointing": True,
     }
     (tmp_path / "everything.json").write_text(json.dumps(recipe))
     options = ["--base", "clip", "--recipe", "everything.json", "--data", "scenes:test:8", "--runs", "runs", "--quiet"]
@@ -67,6 +70,19 @@ def test_all_ways_are_measured_beside_the_base_and_nothing_is_done_twice(
     capsys.readouterr()
     assert main([*command, "--steps", "7"]) == 2
     assert "holds runs of another steps: give another --runs" in capsys.readouterr().err
+
+
+def test_the_pairs_of_the_recipe_start_from_its_root(command: list[str], tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    lines = []
+    for number, example in enumerate(open_dataset("scenes:val:8", image_size=32)):
+        example.image.save(tmp_path / "pictures" / f"{number}.png")
+        lines.append(json.dumps({"image": f"{number}.png", "caption": example.caption}) + "\n")
+    (tmp_path / "pairs.jsonl").write_text("".join(lines))
+    recipe = json.loads((tmp_path / "everything.json").read_text())
+    recipe |= {"train": "jsonl:pairs.jsonl", "validation": "jsonl:pairs.jsonl", "root": "pictures"}
+    (tmp_path / "everything.json").write_text(json.dumps(recipe))
+    assert main([*command, "--steps", "1", "--encoder-steps", "1"]) == 0
 
 
 def test_a_run_that_was_stopped_has_cost_what_it_took_before_too(

@@ -12,7 +12,8 @@ from finelip_fast.cli import main
 from finelip_fast.datasets.scenes import Scenes
 from finelip_fast.errors import InputError
 from finelip_fast.studies import drawing
-from finelip_fast.training.generator import GeneratorConfig, as_pixels, train_generator
+from finelip_fast.training.generator import as_pixels, train_generator
+from finelip_fast.training.generator_config import GeneratorConfig
 
 pytest.importorskip("diffusers")
 

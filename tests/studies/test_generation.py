@@ -91,6 +91,8 @@ def test_pictures_of_another_run_are_refused(setting: GenerationSetting, changes
 def test_what_cannot_be_judged_is_refused(setting: GenerationSetting, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="expected at least 2 pictures, whose features have a spread, got 1"):
         generation(dataclasses.replace(setting, data="scenes:test:1", pictures=str(tmp_path)))
+    with pytest.raises(InputError, match="expected steps of at least 1, got 0"):
+        generation(dataclasses.replace(setting, steps=0))
     with pytest.raises(InputError, match=r"expected layer .*, got 'first'"):
         generation(dataclasses.replace(setting, layer="first"))  # type: ignore[arg-type]
 

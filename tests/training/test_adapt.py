@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from finelip_fast import checkpoint
+from finelip_fast.checkpoint import architecture
 from finelip_fast.cli import main
 from finelip_fast.config import FineLIPConfig
 from finelip_fast.errors import ConfigError, TrainingError
@@ -48,7 +49,7 @@ def base(tmp_path: Path) -> Path:
 def run(base: Path, tmp_path: Path) -> Adapt:
     torch.set_num_threads(1)
 
-    def run(**changes: Any) -> dict[str, Any]:
+    def run(*, base: str = str(base), **changes: Any) -> dict[str, Any]:
         options: dict[str, Any] = {
             "out": str(tmp_path / "model"),
             "train": "scenes:train:32",
@@ -60,7 +61,7 @@ def run(base: Path, tmp_path: Path) -> Adapt:
             "tensorboard": False,
             "device": "cpu",
         }
-        return adapt(str(base), progress=False, **(options | changes))
+        return adapt(base, progress=False, **(options | changes))
 
     return run
 
@@ -101,6 +102,21 @@ def test_without_a_second_stage(run: Adapt, tmp_path: Path) -> None:
     assert not (tmp_path / "model" / "encoders").exists()
 
 
+def test_names_that_are_not_utf8_are_those_of_a_base_and_of_a_result(
+    base: Path, run: Adapt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for table in (architecture.VISION_HEADS, architecture.TEXT_HEADS):
+        monkeypatch.setitem(table, 32, 2)
+    weights = load_base(str(base), 77).state_dict()
+    clip = {name.removeprefix("text."): value for name, value in weights.items() if "aggregator" not in name}
+    file = tmp_path / "caf\udce9.pt"
+    torch.save({**clip, "positional_embedding_res": clip["positional_embedding"]}, file)  # Long-CLIP's layout
+    out = tmp_path / "\udce9"
+    run(base=str(file), out=str(out), unfreeze="none", encoder_steps=None, steps=1)
+    metadata = json.loads((out / "config.json").read_text())["metadata"]
+    assert metadata["base"] == r"caf\udce9.pt"
+
+
 def test_the_same_command_goes_on(run: Adapt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     step, count = Trainer._train_step, 0
 
@@ -130,8 +146,8 @@ def test_what_it_takes_is_told_before(base: Path, tmp_path: Path, capsys: pytest
     quick = {"batch_size": 8, "workers": 0, "tensorboard": False, "device": "cpu"}
     adapt(str(base), out=str(tmp_path / "model"), **options, **quick)
     forecast = capsys.readouterr().err
-    assert re.search(r"features: 0\.0 GB in \S+/features/train, about \d+ seconds", forecast)
-    assert re.search(r"aggregators: 2 steps, about \d+ seconds\s+encoders: 1 steps, about \d+ seconds", forecast)
+    assert re.search(r"features: \d\S* .?B in \S+/features/train, about \d\S* m?s", forecast)
+    assert re.search(r"aggregators: 2 steps, about [\d.]+ m?s\s+encoders: 1 steps, about [\d.]+ m?s", forecast)
     adapt(str(base), out=str(tmp_path / "model"), **options, **quick)
     assert "about" not in capsys.readouterr().err
 

@@ -136,6 +136,15 @@ def test_epochs_and_seeds_differ_and_are_repeatable():
     assert sampled(40, 4, epoch=1, seed=6)[0] != epochs[1]
 
 
+@pytest.mark.parametrize("seed", [0, 5, -5, 1 << 62, -(1 << 62), (1 << 63) - 1])
+def test_any_seed_of_a_configuration_gives_an_order(seed):
+    (batches,) = sampled(40, 4, epoch=1, seed=seed)
+    assert sorted(flat(batches)) == list(range(40))
+    if abs(seed) < 1 << 32:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + 1)
+        assert flat(batches) == torch.randperm(40, generator=generator).tolist()
+
+
 def test_refuses_a_batch_that_breaks_groups_or_exceeds_the_data():
     with pytest.raises(ConfigError, match="expected batch_size a multiple of group=4, got 6"):
         GroupedSampler(100, 6, group=4, seed=0, rank=0, world=1)

@@ -8,9 +8,11 @@ from __future__ import annotations
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
 import tarfile
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -165,12 +167,27 @@ def alone(ranks, monkeypatch):
     return run
 
 
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
 def test_one_process_is_a_world_of_its_own(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with process_group(torch.device("cpu")) as (rank, world):
         assert (rank, world) == (0, 1)
         local = torch.ones(2)
         assert gather(local) is local
+
+
+def test_a_validation_of_hours_does_not_end_the_run(monkeypatch):
+    """The other processes wait for the first."""
+    environment = {"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    for name, value in (environment | {"GLOO_SOCKET_IFNAME": "lo"}).items():
+        monkeypatch.setenv(name, value)
+    with process_group(torch.device("cpu")) as (rank, world):
+        assert (rank, world) == (0, 1)
+        assert dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout >= timedelta(hours=12)
 
 
 def test_gather_joins_rows_by_rank_and_sums_what_the_processes_ask(ranks):

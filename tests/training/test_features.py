@@ -8,6 +8,7 @@ import shutil
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from finelip_fast.config import FineLIPConfig
 from finelip_fast.datasets import open_dataset
 from finelip_fast.datasets.base import FileExamples
 from finelip_fast.encoders import ImageEncoder, TextEncoder
-from finelip_fast.errors import ConfigError, TrainingError
+from finelip_fast.errors import ConfigError, ImageError, TrainingError
 from finelip_fast.frozen import FrozenImageEncoder, why_not
 from finelip_fast.kernels import cpu
 from finelip_fast.model import FineLIP
@@ -177,12 +178,59 @@ def test_features_of_anything_else_are_refused(model: FineLIP, pairs: FileExampl
         compute(shorter, pairs, folder)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"quick_gelu": False},
+        {"image_mean": (0.5, 0.5, 0.5)},
+        {"image_std": (0.5, 0.5, 0.5)},
+        {"resize_mode": "squash"},
+        {"vision_heads": 2},
+        {"text_heads": 2},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_features_of_encoders_that_differ_but_in_weights_are_refused(
+    model: FineLIP, pairs: FileExamples, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    compute(model, pairs, tmp_path)
+    changed = FineLIP(CONFIG.replace(**change))
+    changed.load_state_dict(model.state_dict())
+    with pytest.raises(ConfigError, match="holds features of other encoders: give"):
+        compute(changed, pairs, tmp_path)
+
+
+def test_what_training_changes_does_not_change_the_features(
+    model: FineLIP, pairs: FileExamples, tmp_path: Path
+) -> None:
+    folder = tmp_path / "features"
+    compute(model, pairs, folder)
+    before = parts(folder)
+    model.config = model.config.replace(alpha=0.5)
+    torch.nn.init.normal_(model.image_aggregator.scale)
+    compute(model, pairs, folder)
+    assert parts(folder) == before
+
+
+def test_a_picture_that_changes_is_encoded_again(model: FineLIP, pairs: FileExamples, tmp_path: Path) -> None:
+    folder = tmp_path / "features"
+    compute(model, pairs, folder)
+    before = parts(folder)
+    Image.new("RGB", (32, 32), "purple").save(tmp_path / "3.png")
+    features = compute(model, pairs, folder)
+    assert [name for name, time in parts(folder).items() if time != before[name]] == ["pictures-000001.safetensors"]
+    assert torch.equal(features.picture(3), compute(model, pairs, tmp_path / "elsewhere").picture(3))
+
+
 def test_a_disk_without_room_is_said_before_anything_is_computed(
     model: FineLIP, pairs: FileExamples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 1000))
-    with pytest.raises(ConfigError, match=r"expected 0\.0 GB of free space for features in .*, found 0\.0 GB"):
+    with pytest.raises(
+        ConfigError,
+        match=r"expected .* MB of free space for features in .*, found 1 kB; pass --features",
+    ):
         compute(model, pairs, tmp_path / "features")
     assert not parts(tmp_path / "features")
 
@@ -196,12 +244,12 @@ def test_what_float16_cannot_hold_is_refused(model: FineLIP, pairs: FileExamples
 
 def test_a_cut_part_is_named(model: FineLIP, pairs: FileExamples, tmp_path: Path) -> None:
     features = compute(model, pairs, tmp_path / "features")
+    picture = features.picture(0).clone()
     path = tmp_path / "features" / "pictures-000000.safetensors"
     path.write_bytes(path.read_bytes()[:50])
-    with pytest.raises(
-        TrainingError, match=r"pictures-000000.*remove the file, and the same command computes it again"
-    ):
+    with pytest.raises(TrainingError, match=r"pictures-000000.*the same command computes them again"):
         features.picture(0)
+    assert torch.equal(compute(model, pairs, tmp_path / "features").picture(0), picture)
 
 
 def test_a_picture_that_cannot_be_read_counts_as_broken(model: FineLIP, pairs: FileExamples, tmp_path: Path) -> None:
@@ -211,6 +259,21 @@ def test_a_picture_that_cannot_be_read_counts_as_broken(model: FineLIP, pairs: F
     assert encoding.pixels.shape == (17, 16)
     (message,) = encoding.broken
     assert "3.png" in message
+
+
+def test_a_picture_that_was_not_readable_is_tried_again(model: FineLIP, pairs: FileExamples, tmp_path: Path) -> None:
+    folder, picture = tmp_path / "features", tmp_path / "3.png"
+    expected = compute(model, pairs, tmp_path / "expected").picture(3)
+    content = picture.read_bytes()
+    picture.unlink()
+    features, before = compute(model, pairs, folder), parts(folder)
+    with pytest.raises(ImageError, match=r"3\.png"):
+        features.picture(3)
+    compute(model, pairs, folder)
+    assert parts(folder) == before, "computed again in vain"
+    picture.write_bytes(content)
+    assert torch.equal(compute(model, pairs, folder).picture(3), expected)
+    assert [name for name, time in parts(folder).items() if time != before[name]] == ["pictures-000001.safetensors"]
 
 
 # Training -------------------------------------------------------------------------------------------------------------
@@ -294,8 +357,18 @@ def test_what_it_will_take_is_said_before(model: FineLIP, tmp_path: Path, caplog
     with caplog.at_level(logging.INFO):
         compute(model, open_dataset("scenes:val:4", image_size=32), tmp_path / "features")
     assert caplog.messages == [
-        f"features of 4 pictures and 4 captions: 0.0 GB in {tmp_path / 'features'}, 0.0 GB of them to compute"
+        f"features of 4 pictures and 4 captions: 24.4 kB in {tmp_path / 'features'}, 24.4 kB of them to compute"
     ]
+
+
+def test_a_folder_whose_name_is_not_utf8_holds_features(model: FineLIP, pairs: FileExamples, tmp_path: Path) -> None:
+    folder = tmp_path / "caf\udce9"
+    features, expected = compute(model, pairs, folder), compute(model, pairs, tmp_path / "features")
+    assert torch.equal(features.picture(4), expected.picture(4))
+    assert torch.equal(features.caption(4), expected.caption(4))
+    before = parts(folder)
+    compute(model, pairs, folder)
+    assert parts(folder) == before
 
 
 def test_features_go_to_other_processes(model: FineLIP, pairs: FileExamples, tmp_path: Path) -> None:

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from finelip_fast import load
-from finelip_fast._command_line import run_main
+from finelip_fast import cli, load
 from finelip_fast.datasets.scenes import Scenes
 from finelip_fast.errors import ConfigError, WriteError
-from finelip_fast.training.generator import Condition, Generator, GeneratorConfig, train_generator
+from finelip_fast.training.generator import Condition, Generator, read_config, train_generator
+from finelip_fast.training.generator_config import GeneratorConfig
 
 pytest.importorskip("diffusers")
 
 TINY = GeneratorConfig(
-    out="",
+    out="run",
     context_length=32,
     scenes=64,
     image_size=16,
@@ -73,8 +71,6 @@ def test_captions_are_read_up_to_the_tokens_that_were_asked_for() -> None:
 
 
 def test_what_cannot_be_trained_or_drawn_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match=r"expected image_size a multiple of 4, .* got 18"):
-        trained(tmp_path / "odd", image_size=18)
     with pytest.raises(ConfigError, match=r"cannot read .*config\.json"):
         Generator.load(tmp_path)
     (tmp_path / "file").touch()
@@ -91,41 +87,62 @@ def test_what_cannot_be_trained_or_drawn_is_said(tmp_path: Path, monkeypatch: py
         Generator.load(tmp_path / "early")
 
 
-def test_the_script_says_what_it_takes() -> None:
-    script = Path(__file__).parents[2] / "training/generator.py"
-    answer = subprocess.run([sys.executable, "-P", str(script), "--help"], capture_output=True, text=True, check=True)
-    assert "--context-length" in answer.stdout
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_size": 18}, "expected image_size a multiple of 4, since 2 channels halve it so often, got 18"),
+        ({"channels": (10, 20)}, "expected channels of multiples of 8, got 10"),
+        ({"channels": (8, 1 << 40)}, "expected channels of at most 65536, got"),
+        ({"channels": (8,)}, r"expected two or more channels, got \(8,\)"),
+        ({"channels": (8, 16.0)}, "expected channels as a list of integers, got"),
+        ({"batch_size": 0}, "expected batch_size of at least 1, got 0"),
+        ({"scenes": 0}, "expected scenes of at least 1, got 0"),
+        ({"scenes": 10**8}, "expected scenes of at most 10000000, got 100000000"),
+        ({"seed": 10**22}, "expected seed of at most"),
+        ({"ema_decay": 2.0}, "expected ema_decay below 1, got 2.0"),
+        ({"learning_rate": float("nan")}, "expected learning_rate of at least 0, got nan"),
+        ({"save_every": 0}, "expected save_every of at least 1, got 0"),
+        ({"unconditional": -1.0}, "expected unconditional of at least 0, got -1.0"),
+        ({"out": ""}, "expected out, a folder, got ''"),
+    ],
+    ids=str,
+)
+def test_refuses_before_the_folder_is_taken(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        dataclasses.replace(TINY, **{"out": str(tmp_path / "run"), **changes})
+
+
+def test_a_run_that_never_saved_does_not_take_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_memory(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Scenes, "__getitem__", out_of_memory)
+        with pytest.raises(MemoryError):
+            trained(tmp_path, batch_size=4096)
+    assert Generator.load(trained(tmp_path), "cpu").condition.context_length == 32
+
+
+def test_the_command_trains_and_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["study", "generator", "--out", str(tmp_path), "--device", "cpu", "--quiet", "--save-every", "1"]
+    words += ["--context-length", "32", "--scenes", "64", "--image-size", "16", "--channels", "8", "16", "--steps", "1"]
+    assert cli.main([*words, "--batch-size", "4"]) == 0
+    assert read_config(tmp_path).channels == (8, 16)
+    capsys.readouterr()
+    assert cli.main([*words, "--batch-size", "2"]) == 2
+    assert "holds a run of other batch_size: give another --out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("words", "fault", "code", "message"),
+    ("words", "message"),
     [
-        ([], None, 2, "error: the following arguments are required: --out; see generator.py --help\n"),
-        (
-            ["--out", "run", "--steps", "x"],
-            None,
-            2,
-            "error: argument --steps: invalid int value: 'x'; see generator.py",
-        ),
-        (["--out", "run", "--device", "tpux"], None, 2, "error: device='tpux' cannot be used"),
-        (["--out", "run"], ConfigError("expected a"), 2, "error: expected a\n"),
-        (["--out", "run"], PermissionError(13, "Permission denied", "run"), 2, "error: run: Permission denied\n"),
-        (["--out", "run"], KeyboardInterrupt(), 130, "interrupted\n"),
+        ([], "error: Missing option --out."),
+        (["--out", "run", "--steps", "x"], "error: expected --steps to be an integer, got 'x'"),
+        (["--out", "run", "--steps", "0"], "error: expected --steps of at least 1, got 0"),
+        (["--out", "run", "--device", "tpux"], "error: --device tpux cannot be used"),
     ],
+    ids=lambda words: " ".join(words) if isinstance(words, list) else "",
 )
-def test_the_script_ends_as_every_command(
-    words: list[str],
-    fault: BaseException | None,
-    code: int,
-    message: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    def fail(_: object) -> None:
-        raise fault or AssertionError
-
-    monkeypatch.setattr(sys, "argv", ["training/generator.py", *words])
-    if fault is not None:
-        monkeypatch.setattr("finelip_fast.training.generator.train_generator", fail)
-    assert run_main("finelip_fast.training.generator") == code
-    assert capsys.readouterr().err.startswith(message)
+def test_the_command_says_what_is_wrong(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["study", "generator", *words]) == 2
+    assert message in capsys.readouterr().err

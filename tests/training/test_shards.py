@@ -181,8 +181,9 @@ def test_shards_come_from_the_web_when_asked_for(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize("name", ["a.tar", "a b.tar", "-a.tar", "|a.tar", "ünï.tar"])
 def test_files_of_any_name_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / name).write_bytes(archive(*pair("0"), *pair("1")))
-    for given_name in (name, f"file:{tmp_path}/{name}", f"file://{tmp_path}/{name}"):
+    for given_name in (name, f"~/{name}", f"file:{tmp_path}/{name}", f"file://{tmp_path}/{name}"):
         (shard,) = shard_names(given_name)
         samples = list(shard_samples(shard))
         assert [sample["__key__"] for sample in samples] == ["0", "1"]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from finelip_fast._arguments import one_of
+from finelip_fast._arguments import one_of, whole_number
 from finelip_fast.errors import ConfigError
 from finelip_fast.records import Record
 from finelip_fast.studies.ablation.record import record
@@ -60,7 +60,7 @@ def run_ablation(
         The record, not yet saved.
 
     Raises:
-        InputError: A variant is unknown.
+        InputError: A variant is unknown, or ``steps`` or ``jobs`` is below 1.
         ConfigError: The validation pairs are the measured ones, or a recipe cannot be honoured.
     """
     known = {name: variant for group in GROUPS.values() for name, variant in group.items()}
@@ -68,11 +68,10 @@ def run_ablation(
         one_of("variants", variant, known)
     if validation == data:
         raise ConfigError(f"expected --validation to be other pairs than those measured, got {data} for both")
-    if jobs < 1:
-        raise ConfigError(f"expected jobs of at least 1, got {jobs}")
+    jobs = whole_number("jobs", jobs)
     base = load_recipe(recipe, out=runs or None)
     base |= {"threads": max(1, torch.get_num_threads() // jobs)}
-    base |= {"steps": steps} if steps else {}
+    base |= {} if steps is None else {"steps": whole_number("steps", steps)}
     first = TrainConfig(**load_recipe(start))
     if base.get("init") == f"{first.out}/last" and not Path(base["init"]).exists():
         train(first, progress=progress)
