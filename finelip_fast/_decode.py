@@ -88,6 +88,12 @@ UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
+# Tags of a TIFF's size as it is stored.
+_TIFF_WIDTH, _TIFF_HEIGHT = 256, 257
+
+# Orientations of pictures that are stored sideways.
+_SIDEWAYS = range(5, 9)
+
 Reduction = Callable[[int, int], tuple[int, int]]
 
 
@@ -239,6 +245,8 @@ def decoded(source: str | bytes | bytearray | memoryview, reduction: Reduction |
 def header(source: str | bytes) -> Iterator[tuple[tuple[int, int], Image.Exif]]:
     """Read width, height and EXIF of a file's first picture as it is stored; pixels are not decoded.
 
+    The EXIF is empty if it is broken, which is no reason to lose a sound picture.
+
     Args:
         source: Path of a regular file, or its content.
 
@@ -249,7 +257,9 @@ def header(source: str | bytes) -> Iterator[tuple[tuple[int, int], Image.Exif]]:
         yield _raw.header(source)
         return
     with _opened(source) as file, _identified(file) as image:
-        yield image.size, image.getexif()
+        tags = image.tag_v2 if image.format == "TIFF" else {}  # type: ignore[attr-defined]
+        # Pillow gives the size of a TIFF after turning it upright.
+        yield (tags.get(_TIFF_WIDTH, image.width), tags.get(_TIFF_HEIGHT, image.height)), _exif(image)
 
 
 def suffix_of(content: bytes) -> str:
@@ -442,10 +452,59 @@ def _coefficient_bytes(image: Any, file: Any) -> float:
 
 def orientation(image: Image.Image) -> Any:
     """The orientation of a picture in its EXIF, None if there is none."""
+    return _exif(image).get(ExifTags.Base.Orientation)
+
+
+def _exif(image: Image.Image) -> Image.Exif:
+    """EXIF of a picture, which is not decoded for it; empty if it is broken."""
     try:
-        return image.getexif().get(ExifTags.Base.Orientation)
+        if image.format != "PNG":
+            return image.getexif()
+        # Pillow decodes a PNG to find EXIF behind its pixels.
+        if "exif" not in image.info and (late := _late_exif(getattr(image, "fp", None))):
+            image.info["exif"] = late
+        return Image.Image.getexif(image)
     except Exception:  # broken metadata is no reason to lose a sound picture
+        return Image.Exif()
+
+
+def _late_exif(file: Any) -> bytes | None:
+    """EXIF of a PNG file that is anywhere in it, None if there is none; the place in the file is kept."""
+    if file is None:  # the picture is decoded, and its EXIF was read
         return None
+    place = file.tell()
+    try:
+        file.seek(8)  # behind the signature
+        for _ in range(_MAX_HEADER_READS):
+            head = file.read(8)
+            if len(head) < 8:
+                break
+            length = int.from_bytes(head[:4], "big")
+            if head[4:] == b"eXIf":
+                content: bytes = file.read(length)
+                return content
+            file.seek(length + 4, os.SEEK_CUR)
+        return None
+    finally:
+        file.seek(place)
+
+
+def upright_size(size: tuple[int, int], orientation: Any) -> tuple[int, int]:
+    """Width and height of a picture once it is turned upright, from those as stored and its orientation in EXIF."""
+    return (size[1], size[0]) if orientation in _SIDEWAYS else size
+
+
+@contextmanager
+def blaming(name: str) -> Iterator[None]:
+    """Turn whatever goes wrong while decoding into an ImageError that names the picture."""
+    try:
+        yield
+    except ImageError as error:
+        raise ImageError(f"cannot read {name}: {error}") from error
+    except MemoryError as error:
+        raise ImageError(f"cannot read {name}: there is not enough memory to decode it") from error
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, zlib.error and more
+        raise ImageError(f"cannot read {name}: {str(error) or type(error).__name__}") from error
 
 
 def _tile_bytes(image: Any) -> int:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -17,6 +18,7 @@ from finelip_fast._terminal import printable
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor
 
 # Limits on what a notebook shows, so that its file stays small whatever was found.
 _MOST_ROWS, _MOST_THUMBNAILS = 100, 24
@@ -47,6 +49,7 @@ class Hit:
         stands_out: How far the score stands out from those of all items searched, from 0 to 1: the probability that the hit
             matches, calibrated on the bundled model's drawn scenes, and a guide for other checkpoints. None if unknown,
             as with fewer than 50 items.
+        shard: Folder of the shard that holds the item, from a server of shards, in which ids may repeat; otherwise None.
     """
 
     id: str
@@ -57,6 +60,7 @@ class Hit:
     mode: str = "exact"
     path: str | None = None
     stands_out: float | None = None
+    shard: str | None = None
 
     @property
     def verdict(self) -> Verdict | None:
@@ -147,6 +151,37 @@ class Hits(list[Hit]):
         if path is not None:
             write_text_whole(Path(path), page)
         return page
+
+
+def hits_of(
+    items: Sequence[Sequence[Any]],
+    scores: Tensor,
+    global_scores: Tensor,
+    fine_scores: Tensor | None,
+    stands_out: Tensor | None = None,
+    *,
+    mode: Callable[[Any], str],
+    path: Callable[[Any], Path | None],
+    shard: Callable[[Any], str] | None = None,
+) -> list[Hits]:
+    """Return the results of a search with ``Q`` queries as hits.
+
+    Args:
+        items: Catalogue entries of the items, ``Q`` lists of ``k``, best first.
+        scores, global_scores, fine_scores, stands_out: Attributes of the hits, ``[Q, k]``; None, or a NaN: unknown.
+        mode, path, shard: Functions from an item to the mode that found it, to the file of its picture, and to its shard.
+    """
+
+    def hit(item: Any, score: float, global_score: float, fine_score: float | None, standing: float | None) -> Hit:
+        file = None if (place := path(item)) is None else str(place)
+        standing = None if standing is None or math.isnan(standing) else standing
+        folder = None if shard is None else shard(item)
+        return Hit(item.id, score, global_score, fine_score, item.metadata, mode(item), file, standing, folder)
+
+    unknown = [[None] * len(row) for row in items]
+    tensors = (scores, global_scores, fine_scores, stands_out)
+    tables = [unknown if tensor is None else tensor.tolist() for tensor in tensors]
+    return [Hits(map(hit, *rows)) for rows in zip(items, *tables, strict=True)]
 
 
 def score_meanings(hits: Hits, alpha: float | None = None) -> dict[str, str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import ExifTags, Image
 
-from finelip_fast._decode import header, quiet
+from finelip_fast._decode import header, quiet, upright_size
 from finelip_fast._files import file_hash, read_bytes
 from finelip_fast._json import parse_json
 from finelip_fast.errors import InputError
@@ -31,7 +31,6 @@ _MAX_SIDECAR = 1 << 22  # bytes
 _FIRST, _LAST = datetime(1, 1, 2, tzinfo=timezone.utc), datetime(9999, 12, 31, tzinfo=timezone.utc)
 _TIME = re.compile(r"(\d{4})[:-](\d\d)[:-](\d\d)[ T](\d\d):(\d\d):(\d\d)")
 _OFFSET = re.compile(r"[+-]\d\d:\d\d|Z")
-_TURNED = range(5, 9)  # orientations of pictures that are stored sideways
 
 
 def stamp(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -66,10 +65,15 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
     # Broken metadata is no reason to lose a sound picture.
     with suppress(Exception), quiet, header(os.fspath(path)) as (size, exif):
         held = exif.get(ExifTags.Base.Orientation)
-        width, height = reversed(size) if held in _TURNED else size
+        width, height = upright_size(size, held)
         metadata |= {"width": width, "height": height}
         metadata |= _camera_notes(exif, held)
     return metadata
+
+
+def combine(described: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Add fields to what :func:`describe` returned; size, time and hash stay those of the file."""
+    return {**described, **fields, **{name: described[name] for name in (*STAMP, HASH) if name in described}}
 
 
 def _camera_notes(exif: Image.Exif, held: Any) -> dict[str, Any]:

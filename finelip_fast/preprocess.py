@@ -20,7 +20,8 @@ from PIL import Image, ImageFile
 from torch import Tensor
 
 from finelip_fast._arguments import one_of, whole_number
-from finelip_fast._decode import UPRIGHT, Reduction, check_size, decoded, orientation, quiet, within_budget
+from finelip_fast._decode import UPRIGHT, Reduction, blaming, check_size, decoded, orientation, quiet, within_budget
+from finelip_fast._pixels import as_rgb, eight_bits, is_deep
 from finelip_fast.config import CLIP_MEAN, CLIP_STD, FineLIPConfig
 from finelip_fast.errors import ImageError, InputError
 
@@ -42,9 +43,6 @@ _EXACT_PIXELS, _SPARE = 1 << 26, 3
 
 # Pixels converted at once: a conversion takes several copies.
 _STRIP_PIXELS = 1 << 22
-
-# Floats slightly outside [0, 1] come from resampling and rounding; more than this means another scale.
-_FLOAT_SLACK = 1e-2
 
 
 def _colours(name: str, values: Any) -> tuple[float, float, float]:
@@ -221,44 +219,31 @@ def _named_file(source: object) -> tuple[str, str | bytes | bytearray | memoryvi
 
 
 @contextmanager
-def _blaming(name: str) -> Iterator[None]:
-    """Turn whatever goes wrong while decoding into an ImageError that names the picture."""
-    try:
-        yield
-    except ImageError as error:
-        raise ImageError(f"cannot read {name}: {error}") from error
-    except MemoryError as error:
-        raise ImageError(f"cannot read {name}: there is not enough memory to decode it") from error
-    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, zlib.error and more
-        raise ImageError(f"cannot read {name}: {str(error) or type(error).__name__}") from error
-
-
-@contextmanager
 def _upright(source: ImageSource, reduction: Reduction | None = None) -> Iterator[Image.Image]:
     """Yield a picture as upright RGB, for reading only: it may be the source, or a file that is closed afterwards."""
     if isinstance(source, (np.ndarray, Tensor)):
         name = f"{'array' if isinstance(source, np.ndarray) else 'tensor'} of shape {tuple(source.shape)}"
-        with _blaming(name):
+        with blaming(name):
             yield _from_values(source, name, reduction)
         return
     if isinstance(source, Image.Image):
         name = f"PIL image of mode {source.mode}"
         if 0 in source.size:
             raise ImageError(f"expected a picture of at least one pixel, got {source.width} x {source.height}")
-        with _blaming(name), quiet, within_budget(source, None, reduction):
+        with blaming(name), quiet, within_budget(source, None, reduction):
             source.load()
             yield _upright_rgb(source, reduction)
         return
     name, file = _named_file(source)
-    with _blaming(name), quiet, decoded(file, reduction) as image:
+    with blaming(name), quiet, decoded(file, reduction) as image:
         yield _upright_rgb(image, reduction)
 
 
 def _upright_rgb(image: Image.Image, reduction: Reduction | None) -> Image.Image:
     def part(top: int, bottom: int) -> Image.Image:
-        return _flat(image if bottom - top == image.height else image.crop((0, top, image.width, bottom)))
+        return as_rgb(image if bottom - top == image.height else image.crop((0, top, image.width, bottom)))
 
-    simple = not (_is_deep(image.mode) or image.has_transparency_data)
+    simple = not (is_deep(image.mode) or image.has_transparency_data)
     rgb, turn = _in_strips(image.size, part, reduction, simple=simple), UPRIGHT.get(orientation(image))
     return rgb if turn is None else rgb.transpose(turn)
 
@@ -286,24 +271,6 @@ def _in_strips(
         strip = part(top, min(top + rows, height))
         image.paste(strip.reduce((across, down)) if shrinks else strip, (0, top // down))
     return image
-
-
-def _is_deep(mode: str) -> bool:
-    return mode in ("I", "F") or mode.startswith("I;")
-
-
-def _flat(image: Image.Image) -> Image.Image:
-    """Convert an image to RGB: deep grey is scaled, and transparency is blended over white."""
-    if _is_deep(image.mode):
-        values = np.asarray(image)
-        if image.mode == "I" and values.min() >= 0 and values.max() <= 65535:
-            values = values.astype(np.uint16)  # how Pillow holds some 16-bit files
-        image = Image.fromarray(_eight_bits(values, f"mode {image.mode}"))
-    if not image.has_transparency_data:
-        return image if image.mode == "RGB" else image.convert("RGB")
-    straight = image.convert({"La": "LA", "RGBa": "RGBA"}.get(image.mode, image.mode))
-    white = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(white, straight.convert("RGBA")).convert("RGB")
 
 
 def _layout_hint(source: np.ndarray[Any, Any] | Tensor, axis: int, move: str) -> str:
@@ -336,35 +303,13 @@ def _from_values(source: np.ndarray[Any, Any] | Tensor, name: str, reduction: Re
         else:
             values = source[top:bottom]
         grey = values.ndim == 3 and values.shape[2] == 1
-        return _flat(Image.fromarray(_eight_bits(values[..., 0] if grey else values, name)))
+        return as_rgb(Image.fromarray(eight_bits(values[..., 0] if grey else values, name)))
 
     return _in_strips((width, height), part, reduction)
 
 
 def _has_colours(source: np.ndarray[Any, Any] | Tensor, axis: int) -> bool:
     return source.shape[axis] in (1, 3, 4)
-
-
-def _eight_bits(array: np.ndarray[Any, Any], name: str) -> np.ndarray[Any, Any]:
-    """Convert a picture's values to uint8; the scale depends on the dtype alone and is never guessed from the values."""
-    if array.dtype == np.uint8:
-        return array
-    if array.dtype == np.bool_:
-        return array.astype(np.uint8) * 255
-    if array.dtype.kind == "f":
-        low, high = array.min(), array.max()
-        # Written so that NaN fails too.
-        if not (low >= -_FLOAT_SLACK and high <= 1 + _FLOAT_SLACK):
-            if np.isnan(low):
-                raise ImageError(f"expected float values in [0, 1], got NaN in {name}")
-            remedy = "divide them by their maximum, or convert them to uint8"
-            raise ImageError(f"expected float values in [0, 1], got {low:.6g} to {high:.6g} in {name}; {remedy}")
-        return np.round(array.clip(0, 1) * 255).astype(np.uint8)
-    if array.dtype.kind == "u" and array.dtype.itemsize == 2:  # in either byte order
-        return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    raise ImageError(
-        f"expected uint8, uint16, bool or float values, got {array.dtype} in {name}; convert them to uint8"
-    )
 
 
 def _without_far_ends(image: Image.Image) -> Image.Image:

@@ -7,6 +7,7 @@ import base64
 import io
 import json
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -162,6 +163,49 @@ def test_pictures_are_sent_whole(ask, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "mode", ["1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "CMYK", "I", "I;16", "I;16B", "F"]
+)
+def test_a_picture_of_any_mode_has_the_pixels_that_a_retriever_sees(ask, mode: str) -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 4), np.uint8), "RGBA")
+    if mode in ("I", "I;16", "I;16B", "F"):
+        values = np.arange(0, 64_000, 1000).reshape(8, 8)
+        image = Image.fromarray(values.astype(np.int32) if mode != "F" else (values / 64_000).astype(np.float32))
+        image = image if mode in ("I", "F") else image.convert("I;16")
+        if mode == "I;16B":
+            image = Image.frombytes("I;16B", (8, 8), values.astype(">u2").tobytes())
+    elif mode in ("La", "PA"):
+        image = image.convert("LA").convert(mode)
+    elif mode != "RGBA":
+        image = image.convert({"RGBa": "RGBA"}.get(mode, mode)).convert(mode)
+    assert image.mode == mode
+    image.getexif()[0x0112] = 6  # a quarter turn
+    server = Server(searched(result(HIT)))
+    ask(server, "search", image=image)
+    received = finelip_fast.open_image(base64.b64decode(server.body()["image"][0]))
+    np.testing.assert_array_equal(np.asarray(received), np.asarray(finelip_fast.open_image(image)))
+
+
+def test_a_picture_that_cannot_be_read_ends_no_upload(ask) -> None:
+    content = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    Image.fromarray(noise).save(content, "PNG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
+    broken_exif = Image.open(io.BytesIO(content.getvalue()))
+    truncated = Image.open(io.BytesIO(content.getvalue()[:5000]))
+    out_of_range = Image.fromarray(np.full((4, 4), 70_000, np.int32))
+    item = {"id": "a.png", "name": "a.png", "reason": None}
+    server = Server(httpx2.Response(201, json={"added": 1, "items": [item]}))
+    report = ask(server, "add_images", [truncated, broken_exif, out_of_range])
+    assert report.added == ["a.png"]
+    (first, second) = report.skipped
+    assert first[0] == "image-0"
+    assert re.match("cannot read PIL image of mode RGB: .*truncated", first[1])
+    assert "convert them to uint8" in second[1]
+    assert b'filename="image-1"' in server.requests[0].content
+    with pytest.raises(ImageError, match="cannot read PIL image of mode RGB"):
+        ask(server, "search", image=Image.open(io.BytesIO(content.getvalue()[:5000])))
+
+
+@pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
         ((), {}, "expected either text or image"),
@@ -251,6 +295,20 @@ def test_pictures_are_added(ask, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (refused(400, "expected metadata to be an object"), "expected metadata to be an object"),
+        (refused(413, "expected at most 64 files; send fewer"), "expected at most 64 files; send fewer"),
+        (refused(415, "expected Content-Type multipart/form-data"), "expected Content-Type multipart/form-data"),
+    ],
+)
+def test_a_refused_upload_is_an_input_error(ask, answer: httpx2.Response, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        ask(Server(answer), "add_images", [b"1"], metadata=[{}])
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
     ("name", "path"),
     [("a/b c.png", "a%2Fb%20c%2Epng"), ("..", "%2E%2E"), ("ä?#", "%C3%A4%3F%23"), ("a\udcff", "a%FF")],
 )
@@ -262,6 +320,15 @@ def test_an_id_is_one_segment_of_a_path(ask, name: str, path: str) -> None:
     for wrong in ("", 3, "\ud800"):
         with pytest.raises(InputError, match="expected ids"):
             ask(server, "delete", [wrong])
+
+
+def test_what_no_address_can_hold_is_an_input_error(ask) -> None:
+    server = Server({"removed": 1})
+    with pytest.raises(
+        InputError, match=r"expected an id, a filter or a cursor that fits into an address.*; shorten it"
+    ):
+        ask(server, "delete", "x" * 100_000)
+    assert not server.requests
 
 
 def test_items_are_listed_page_by_page(ask) -> None:

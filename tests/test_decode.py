@@ -22,9 +22,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageFile
+from PIL import ExifTags, Image, ImageFile
 
 from finelip_fast import _decode
+from finelip_fast._decode import header, upright_size
 from finelip_fast.errors import ImageError, InputError
 from finelip_fast.preprocess import Preprocess, open_image
 
@@ -245,6 +246,42 @@ def test_a_pipe_in_a_files_place_is_not_waited_for(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(os.path, "getsize", lambda _: 1)
     with pytest.raises(ImageError, match=r"cannot read .*pipe"):
         open_image(tmp_path / "pipe")
+
+
+def with_late_exif(content: bytes) -> bytes:
+    """Return a PNG whose EXIF is moved behind its pixels."""
+    start = content.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(content[start : start + 4], "big")
+    return content[:start] + content[end:-12] + content[start:end] + content[-12:]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "late PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_a_header_says_the_size_of_the_opened_picture(kind: str, turn: int) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = turn
+    content = encoded(Image.new("RGB", (48, 40)), kind.removeprefix("late "), exif=exif)
+    if kind.startswith("late"):
+        content = with_late_exif(content)
+    with header(content) as (size, exif):
+        assert upright_size(size, exif.get(ExifTags.Base.Orientation)) == open_image(content).size
+        assert size == (48, 40)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_broken_exif_loses_no_header(kind: str) -> None:
+    content = encoded(Image.new("RGB", (48, 40)), kind, exif=b"Exif\0\0garbage")
+    with header(content) as (size, exif):
+        assert (size, dict(exif)) == ((48, 40), {})
+    assert open_image(content).size == (48, 40)
+
+
+def test_a_header_is_read_without_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A PNG of a few kilobytes may have a billion pixels."""
+    content = encoded(Image.new("L", (4000, 4000)), "PNG")
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda _: pytest.fail("decoded"))
+    with header(content) as (size, _):
+        assert size == (4000, 4000)
 
 
 def test_pillows_warnings_neither_show_nor_kill() -> None:

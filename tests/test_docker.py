@@ -114,6 +114,17 @@ def test_services_write_where_they_may_and_nowhere_else(compose, instructions) -
         assert any(line.startswith("/tmp") for line in service["tmpfs"])
 
 
+def test_services_see_the_same_pictures(compose) -> None:
+    """Both need the folder, and a command without it is refused: a server would show no picture of an empty one."""
+    (mounted,) = {
+        tuple(name for name in service["volumes"] if ":/photos" in name) for service in compose["services"].values()
+    }
+    assert re.fullmatch(r"\$\{PHOTOS:\?[^}]*export PHOTOS=[^}]*\}:/photos:ro", *mounted)
+    for path in ("compose.yaml", "docs/how-to/serve.md"):
+        text = (REPOSITORY / path).read_text(encoding="utf-8")
+        assert re.search(r"export PHOTOS=.*\n(# +)?docker compose run --rm add.*\n(# +)?docker compose up", text)
+
+
 def test_services_run_what_the_command_line_knows(compose) -> None:
     serve, add = (compose["services"][name] for name in ("serve", "add"))
     values = parse(serve["command"])

@@ -22,7 +22,7 @@ from finelip_fast._addresses import API_KEY_VARIABLE
 from finelip_fast._files import read_bytes
 from finelip_fast.cli.commands import Command, ModelOptions, Several, alpha_option, index_option, model_options
 from finelip_fast.cli.values import Number
-from finelip_fast.errors import InputError, StoreError
+from finelip_fast.errors import InputError
 
 if TYPE_CHECKING:
     from finelip_fast.serve.opening import Opening
@@ -192,15 +192,9 @@ def run(settings: ServeSettings, opening: Opening, *, workers: int = 1, opens: b
         StoreError: There is no such index, or it names a checkpoint that this user has not opened.
     """
     require_packages()
-    from finelip_fast.index import remedies, stored_source
-    from finelip_fast.known_checkpoints import checkpoint_of
     from finelip_fast.serve import run as server
 
-    for folder in opening.shards or (str(opening.index),):
-        if stored_source(folder) is None:
-            raise StoreError(f"there is no index at {folder}: {remedies.make(folder)}")
-        if opening.checkpoint is None:
-            checkpoint_of(folder)
+    opening.check()
 
     def ready(address: str) -> None:
         server.print_address(address)

@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 import httpx2
 
-from finelip_fast._arguments import listed, share, strings, whole_number
+from finelip_fast._arguments import listed, share, sound_text, strings, whole_number
 from finelip_fast._json import parse_json
 from finelip_fast.client.exchange import Request, Steps, answer_of, exchange, expected_answer, json_request
 from finelip_fast.client.sending import (
@@ -26,7 +26,6 @@ from finelip_fast.client.sending import (
     encoded,
     file_name,
     is_picture,
-    sound_text,
 )
 from finelip_fast.errors import (
     ImageError,
@@ -113,7 +112,10 @@ def score(images: Iterable[Any], texts: Iterable[str]) -> Steps[Array]:
 
 
 def explain(image: Any, text: str) -> Steps[dict[str, Any]]:
-    picture = {"item": image.id} if isinstance(image, Hit) else {"image": encoded(image)}
+    if isinstance(image, Hit):
+        picture = {"item": image.id} | ({} if image.shard is None else {"shard": image.shard})
+    else:
+        picture = {"image": encoded(image)}
     return (yield from exchange(json_request("explain", {"text": text, **picture})))
 
 

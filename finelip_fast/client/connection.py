@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from urllib.parse import urlsplit
 import httpx2
 
 from finelip_fast._addresses import API_KEY_VARIABLE, is_loopback
+from finelip_fast._arguments import seconds
 from finelip_fast.errors import InputError, ServerError
 
 _IDLE_SECONDS = 4.0  # after which a connection is not reused, long before the server closes it
@@ -23,7 +23,7 @@ class Connection:
 
     def __init__(self, url: str, *, api_key: str | None = None, timeout: float = 30.0) -> None:
         self.url = _checked_url(url)
-        self.timeout = _checked_timeout(timeout)
+        self.timeout = seconds("timeout", timeout)
         self._key = None if api_key is None else _checked_key("api_key", api_key)
         self._is_closed = False
 
@@ -56,10 +56,14 @@ class Connection:
 
     @contextmanager
     def _explaining(self) -> Iterator[None]:
-        """Turn a failing connection into a ServerError."""
+        """Turn a failing connection into a ServerError, and an address that cannot be into an InputError."""
         self._refuse_if_closed()
         try:
             yield
+        except httpx2.InvalidURL as error:
+            raise InputError(
+                f"expected an id, a filter or a cursor that fits into an address, got one that does not ({error}); shorten it"
+            ) from None
         except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
             raise ServerError(
                 f"no server answers at {self.url} ({str(error) or 'it took too long'}): start it with finelip serve, or check "
@@ -99,13 +103,6 @@ def _is_sound(url: Any) -> bool:
         )
     except (ValueError, httpx2.InvalidURL):
         return False
-
-
-def _checked_timeout(timeout: Any) -> float:
-    is_number = isinstance(timeout, (int, float)) and not isinstance(timeout, bool)
-    if not is_number or not 0 < timeout < math.inf:
-        raise InputError(f"expected timeout in seconds above 0, got {timeout!r:.80}")
-    return float(timeout)
 
 
 def _checked_key(name: str, key: Any) -> str:

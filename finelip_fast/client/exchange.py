@@ -113,6 +113,8 @@ def expected_answer() -> Iterator[None]:
     """Turn an answer of unexpected shape into a ServerError."""
     try:
         yield
+    except FineLIPError:  # a refusal of the input, which is a ValueError, too
+        raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ServerError(
             f"expected the answer of finelip serve, got one in another format ({error!r:.200}); run the same version on both "

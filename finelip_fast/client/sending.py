@@ -7,17 +7,21 @@ import io
 import json
 from collections.abc import Callable, Iterable, Iterator
 from os import PathLike
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from finelip_fast._arguments import listed, whole_number
 from finelip_fast._files import read_bytes
 from finelip_fast.errors import ImageError, InputError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 T = TypeVar("T")
 
 BATCH = 64  # texts or pictures per request
 _BATCH_BYTES = 32 << 20  # per request, as sent
 _PICTURE_BYTES = 1 << 30
+_PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")  # in which a PNG holds an image without loss
 
 
 def as_json(value: Any) -> bytes:
@@ -61,21 +65,32 @@ def content_of(source: Any) -> bytes:
     """Return an encoded picture: a file's content, bytes unchanged, or an image as PNG.
 
     Raises:
-        ImageError: A file that cannot be read, or a source of another type.
+        ImageError: A file or an image that cannot be read, or a source of another type.
     """
     if isinstance(source, (bytes, bytearray, memoryview)):
         return bytes(source)
     if isinstance(source, (str, PathLike)):
         return read_bytes(source, error=ImageError, max_bytes=_PICTURE_BYTES)
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     if not isinstance(source, Image.Image):
         raise ImageError(f"expected a path, encoded bytes or a PIL image, got {type(source).__name__}")
-    image = ImageOps.exif_transpose(source)
-    if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"):
-        image = image.convert("RGB")
-    content = io.BytesIO()
-    image.save(content, "PNG", compress_level=1)
+    return _as_png(source)
+
+
+def _as_png(source: Image.Image) -> bytes:
+    """Return an image, upright, with the pixels that a retriever here would see."""
+    from finelip_fast._decode import UPRIGHT, blaming, orientation
+    from finelip_fast._pixels import as_rgb
+
+    with blaming(f"PIL image of mode {source.mode}"):
+        source.load()
+        image = source if source.mode in _PNG_MODES else as_rgb(source)
+        turn = UPRIGHT.get(orientation(source))
+        image = image.copy() if turn is None else image.transpose(turn)
+        image.info = {name: value for name, value in image.info.items() if name == "transparency"}
+        content = io.BytesIO()
+        image.save(content, "PNG", compress_level=1)
     return content.getvalue()
 
 
@@ -91,18 +106,3 @@ def file_name(name: str, text: Any) -> str:
     except UnicodeEncodeError:
         pass
     raise InputError(f"expected {name} to be texts that are not empty, got {text!r:.80}")
-
-
-def sound_text(name: str, text: Any) -> str:
-    """Return a text that can be sent.
-
-    Raises:
-        InputError: A value that is not a text, or a text with half of a surrogate pair.
-    """
-    try:
-        if isinstance(text, str):
-            text.encode()
-            return text
-    except UnicodeEncodeError:
-        pass
-    raise InputError(f"expected {name} to be text that UTF-8 can hold, got {text!r:.80}")

@@ -29,17 +29,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from finelip_fast import errors as _errors
-from finelip_fast._arguments import whole_number
+from finelip_fast._arguments import folder_path, whole_number
 from finelip_fast._files import read_bytes, write_error
 from finelip_fast.collection import item_id, list_folder, plan, prepare_root, relabel
-from finelip_fast.distributed.cluster import cluster, reason_of
+from finelip_fast.distributed.cluster import check_resources, cluster, reason_of
 from finelip_fast.engines import Engine, EngineName, open_engine
-from finelip_fast.errors import EngineError, ImageError, StoreError
+from finelip_fast.errors import EngineError, ImageError, InputError, StoreError
+from finelip_fast.folders import refuse_missing
 from finelip_fast.index import Index, StoredDtype, Written
 from finelip_fast.index.arrays import locked
+from finelip_fast.index.checks import as_json
 from finelip_fast.index.segments import encode, write_segment
 from finelip_fast.index.upkeep import JOB
 from finelip_fast.ingest import as_images, progress_bar, read_ahead, read_picture
+from finelip_fast.picture_files import combine
 from finelip_fast.reports import FolderReport
 from finelip_fast.retriever import Retriever
 from finelip_fast.runtimes.manifest import Precision
@@ -99,19 +102,26 @@ def index_images(
         The number of added pictures, and the skipped files with reasons, including files on which workers died.
 
     Raises:
-        InputError: A number below 1 or not whole, or metadata that JSON cannot hold.
+        InputError: A number is out of range, there is nothing at the path, or JSON cannot hold the metadata; raised before
+            anything of the chunk is encoded.
         EngineError: Ray is not installed, does not start or cannot be reached, the workers die repeatedly, or one of them
             opens another checkpoint.
         CheckpointError, StoreError: Same as for :class:`finelip_fast.Retriever`; pictures added before the error stay.
     """
     workers, batch_size = whole_number("workers", workers), whole_number("batch_size", batch_size)
     chunk_size = whole_number("chunk_size", chunk_size)
+    cpus, gpus = check_resources(cpus, gpus)
+    if metadata is not None and not callable(metadata):
+        raise InputError(f"expected metadata to be a function from an id to a dict, got {metadata!r:.80}")
+    if isinstance(files, (bytes, dict)) or not isinstance(files, (str, PathLike, Iterable)):
+        raise InputError(f"expected files to be a folder or paths of pictures, got {files!r:.80}")
+    refuse_missing(files)
     report = FolderReport()
     is_folder = isinstance(files, (str, PathLike)) and os.path.isdir(files)
     with cluster(workers * cpus) as ray:
         device = None if gpus else "cpu"
         retriever = Retriever(checkpoint, engine=engine, precision=precision, device=device, index=index, dtype=dtype)
-        target, job = retriever.index, _Job(retriever, "cuda" if gpus else "cpu", batch_size, describes=is_folder)
+        target, job = retriever.index, _Job(retriever, "cuda" if gpus else "cpu", batch_size)
         del retriever  # and its model
         pool = _Pool(ray, job, workers, cpus, gpus)
         with closing(target), job.running():
@@ -126,7 +136,7 @@ def index_images(
                     bar.update(len(chunk) - len(new))
                     try:
                         if new:
-                            _add(list(new.values()), target, pool, metadata or (lambda _: {}), report, bar)
+                            _add(_with_metadata(new.values(), metadata), target, pool, report, bar)
                     finally:
                         job.clean_up()
             report.separate_changed([picture.path for picture in pictures if picture.id in changed], target.folder)
@@ -144,6 +154,7 @@ class _Picture(NamedTuple):
 def _files(files: Iterable[str | PathLike[str]] | str | PathLike[str], index: Index) -> Iterator[_Picture]:
     root = index.root
     for file in as_images(files):
+        folder_path("a file", file)
         yield _Picture(str(file) if root is None else item_id(file, root), str(file), {})
 
 
@@ -153,17 +164,32 @@ def _folder(index: Index, folder: Any, report: FolderReport) -> tuple[list[_Pict
     listing = list_folder(folder, root, index=index.folder)
     changes = plan(index, listing, root)
     relabel(index, changes.relabelled)
-    report.skipped += listing.skipped
+    report.skipped += [*listing.skipped, *changes.skipped]
     report.moved, report.gone = changes.moved, len(changes.gone)
     fields = {**changes.changed, **changes.new}
     return [_Picture(item, str(listing.paths[item]), fields[item]) for item in fields], set(changes.changed)
+
+
+def _with_metadata(pictures: Iterable[_Picture], metadata: Callable[[str], dict[str, Any]] | None) -> list[_Picture]:
+    """Pictures with the metadata that they are given, which is checked before they are encoded.
+
+    Raises:
+        InputError: JSON cannot hold the metadata.
+    """
+    if metadata is None:
+        return list(pictures)
+    result = []
+    for picture in pictures:
+        fields = metadata(picture.id)
+        as_json(fields, picture.id)
+        result.append(picture._replace(fields={**picture.fields, **fields}))
+    return result
 
 
 def _add(
     pictures: list[_Picture],
     index: Index,
     pool: _Pool,
-    metadata: Callable[[str], dict[str, Any]],
     report: FolderReport,
     bar: tqdm[Any],
 ) -> None:
@@ -183,7 +209,7 @@ def _add(
             if part["name"]:
                 rows = [task[row] for row in part["rows"]]
                 fields = [
-                    {**described, **picture.fields, **metadata(picture.id)}
+                    combine(described, picture.fields)
                     for picture, described in zip(rows, part["described"], strict=True)
                 ]
                 encoded.append(Written(part["name"], [picture.id for picture in rows], part["crcs"], fields))
@@ -210,11 +236,11 @@ class _Job:
     once nobody holds the job's lock.
     """
 
-    def __init__(self, retriever: Retriever, device: str, batch_size: int, *, describes: bool) -> None:
+    def __init__(self, retriever: Retriever, device: str, batch_size: int) -> None:
         engine, spec = retriever.engine, retriever.index.spec
         # The runtime that was chosen here, so that all embeddings are made the same way.
         self.opening = {**engine.settings, "device": device}
-        self.spec, self.batch_size, self.describes = spec, batch_size, describes
+        self.spec, self.batch_size = spec, batch_size
         self.name = JOB + uuid.uuid4().hex[:12]
         self.folder = retriever.index.incoming.absolute()
 
@@ -336,8 +362,8 @@ class Worker:
         journal.write("through")
 
     def read(self, file: str) -> _Read:
-        """Read a file's pixels, or the error that prevents it, and the metadata that the job uses."""
-        return read_picture(self.engine.preprocess, file, describes=self.job.describes)
+        """Read a file's pixels, or the error that prevents it, and its metadata."""
+        return read_picture(self.engine.preprocess, file, describes=True)
 
 
 class _Pool:

@@ -12,12 +12,15 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from numbers import Real
 from typing import Any
 
-from finelip_fast.errors import EngineError
+from finelip_fast.errors import EngineError, InputError
 
 # Bytes; embeddings go through files, so little passes through Ray's own memory.
 _OBJECT_STORE = 128 << 20
+
+_SMALLEST_SHARE = 0.0001  # of a core or a GPU, Ray's unit
 
 _lock = threading.Lock()
 _users = 0  # number of users of the connection made here
@@ -59,6 +62,21 @@ def cluster(cpus: float) -> Iterator[Any]:
             if started_here and not _users:
                 ray.shutdown()
                 _handle(_handler)
+
+
+def check_resources(cpus: Any, gpus: Any) -> tuple[float, float]:
+    """Return the resources for each process, as Ray takes them.
+
+    Raises:
+        InputError: One is not a number of at least 0, or is one that Ray cannot share out.
+    """
+    for name, value in (("cpus", cpus), ("gpus", gpus)):
+        is_number = isinstance(value, Real) and not isinstance(value, bool)
+        if not is_number or (value != 0 and not _SMALLEST_SHARE <= float(value) < math.inf):
+            raise InputError(f"expected {name} to be 0 or a number of at least {_SMALLEST_SHARE}, got {value!r:.80}")
+    if gpus > 1 and gpus % 1:
+        raise InputError(f"expected gpus above 1 to be a whole number, got {gpus!r:.80}")
+    return float(cpus), float(gpus)
 
 
 def _handle(handler: Any) -> None:

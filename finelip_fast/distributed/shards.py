@@ -11,6 +11,7 @@ marked.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -23,8 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finelip_fast._arguments import listed, one_of, whole_number
-from finelip_fast.distributed.cluster import cluster, reason_of
+from finelip_fast._arguments import folder_path, listed, one_of, seconds, whole_number
+from finelip_fast.distributed.cluster import check_resources, cluster, reason_of
 from finelip_fast.errors import InputError, StoreError
 from finelip_fast.index import Index, IndexSpec, stored_index
 from finelip_fast.index.catalogue import Item
@@ -80,7 +81,7 @@ class Shards:
         cpus, gpus: Resources of the cluster for each shard. With ``gpus=0`` it searches on the CPU, with ``cpus`` threads.
 
     Raises:
-        InputError: No folder, a duplicate folder, or an unknown ``partial``.
+        InputError: No folder, a duplicate folder, an unknown ``partial``, or a number that is out of range.
         EngineError: Ray is not installed, does not start or cannot be reached.
         StoreError: A folder without an index, indexes of different checkpoints, or shards that do not start.
     """
@@ -94,11 +95,13 @@ class Shards:
         cpus: float = 1,
         gpus: float = 0,
     ) -> None:
-        names = [str(folder) for folder in listed("folders", folders)]
-        if not names or len(set(names)) < len(names):
+        names = [str(folder_path("a folder", folder)) for folder in listed("folders", folders)]
+        # The same index twice, under another spelling or by a link, too, would return each hit twice.
+        if not names or len(set(map(os.path.realpath, names))) < len(names):
             raise InputError(f"expected unique folders of indexes, got {names}")
         one_of("partial", partial, get_args(Partial))
-        self.partial, self.timeout = partial, timeout
+        self.partial, self.timeout = partial, seconds("timeout", timeout)
+        cpus, gpus = check_resources(cpus, gpus)
         self._lock = threading.Lock()
         self._resources = ExitStack()
         try:

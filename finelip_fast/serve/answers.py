@@ -1,4 +1,4 @@
-"""Answers as JSON, and refusals in the format of OpenAI's errors.
+"""Answers as JSON, files with their ETag, and refusals in the format of OpenAI's errors.
 
 Ids are file names, which may not be valid UTF-8, and metadata may hold values that JSON cannot represent. So the output is
 ASCII with escapes, and null replaces numbers that are not finite.
@@ -6,12 +6,14 @@ ASCII with escapes, and null replaces numbers that are not finite.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
 from collections.abc import Mapping
 from typing import Any
 
+from starlette.requests import Request
 from starlette.responses import Response
 
 from finelip_fast.errors import FineLIPError, InputError, StoreError, WriteError
@@ -63,16 +65,33 @@ class Refusal(Exception):
         return answer({"error": error, **self.fields}, status=self.status, headers=self.headers)
 
 
-def no_item(id: str, clause: str = "") -> Refusal:
-    """Return the refusal for the id of a missing item."""
-    return Refusal(
-        404, "no_such_item", f"expected the id of an item {clause}".rstrip() + f", got {id!r:.200}", param="item"
-    )
+def no_item(id: str, clause: str = "", shard: str | None = None) -> Refusal:
+    """Return the refusal for the id of a missing item, of a shard if the request names one."""
+    message = f"expected the id of an item {clause}".rstrip() + f", got {id!r:.200}"
+    if shard is not None:
+        message += f" of the shard {shard!r:.200}"
+    return Refusal(404, "no_such_item", message, param="item")
 
 
 def answer(value: Any, *, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """Return a value as a JSON answer."""
     return Response(json_bytes(value), status, headers, media_type="application/json")
+
+
+def file_answer(request: Request, content: bytes, media_type: str, *, private: bool) -> Response:
+    """Return the content of a file, or 304 without it if the client has it.
+
+    Args:
+        request: Request for the file.
+        content: Content of the file.
+        media_type: Media type of the content.
+        private: Whether only the client may keep a copy, and no cache on the way.
+    """
+    tag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
+    headers = {"ETag": tag, "Cache-Control": "private, no-cache" if private else "no-cache"}
+    if tag in request.headers.get("if-none-match", ""):
+        return Response(status_code=304, headers=headers)
+    return Response(content, media_type=media_type, headers=headers)
 
 
 def json_bytes(value: Any) -> bytes:

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from torch import Tensor
 
-from finelip_fast._files import installed
+from finelip_fast._versions import library_version
 from finelip_fast.explain import Explanation
 from finelip_fast.explain.pictures import explained
 from finelip_fast.hits import Hit
@@ -59,6 +59,7 @@ async def search(request: Request) -> Response:
     query, pictures = await _read_search(request)
     if [query.text is None, not pictures and query.image is None, query.item is None].count(False) != 1:
         raise Refusal(400, "invalid_request", "expected exactly one of text, image and item")
+    _refuse_lone_shard(query)
     last = query.k + query.offset
     if last > limits.k:
         message = f"expected k + offset of at most {limits.k}, got {last}; narrow the search with where"
@@ -74,14 +75,9 @@ async def search(request: Request) -> Response:
         found = await pipeline.search(
             queries, last, mode=query.mode, where=where, alpha=alpha, deadline=deadline(request)
         )
-    shards: Sequence[Sequence[str | None]] = found.shards or [[None] * len(hits) for hits in found.hits]
     results = [
-        {
-            "hits": [_hit(hit, shard) for hit, shard in zip(hits[query.offset :], names[query.offset :], strict=True)],
-            "note": hits.note,
-            **count,
-        }
-        for hits, names, count in zip(found.hits, shards, counts, strict=True)
+        {"hits": list(map(_hit, hits[query.offset :])), "note": hits.note, **count}
+        for hits, count in zip(found.hits, counts, strict=True)
     ]
     return answer({"results": results, "covered": found.covered, "missing": found.missing})
 
@@ -103,9 +99,9 @@ async def _embed_queries(
     if query.item is not None:
         ids = listed(query.item)
         check_count(ids, limits.images, "items", "item")
-        stored = await pipeline.run(server.collection.embeddings_of, ids, deadline=deadline(request))
+        stored = await pipeline.run(server.collection.embeddings_of, ids, query.shard, deadline=deadline(request))
         if missing := [id for id in ids if id not in stored]:
-            raise no_item(missing[0])
+            raise no_item(missing[0], shard=query.shard)
         queries = [stored[id] for id in ids]
     else:
         images = await check_pictures(pictures or listed(query.image), limits, "image")
@@ -134,7 +130,13 @@ async def _read_search(request: Request) -> tuple[schemas.SearchRequest, list[st
     return validated(schemas.SearchRequest, values, strict=False), pictures
 
 
-def _hit(hit: Hit, shard: str | None) -> dict[str, Any]:
+def _refuse_lone_shard(query: schemas.SearchRequest | schemas.ExplainRequest) -> None:
+    if query.shard is not None and query.item is None:
+        message = "expected shard with item, got it alone; to search items of one shard, leave out hits by their shard"
+        raise Refusal(400, "invalid_request", message, param="shard")
+
+
+def _hit(hit: Hit) -> dict[str, Any]:
     return {
         "id": hit.id,
         "score": hit.score,
@@ -145,8 +147,8 @@ def _hit(hit: Hit, shard: str | None) -> dict[str, Any]:
         "metadata": hit.metadata,
         "mode": hit.mode,
         "path": hit.path,
-        "thumbnail": None if hit.path is None else thumbnail_address(hit.id),
-        "shard": shard,
+        "thumbnail": None if hit.path is None else thumbnail_address(hit.id, hit.shard),
+        "shard": hit.shard,
     }
 
 
@@ -188,13 +190,15 @@ async def explain(request: Request) -> Response:
     check_texts([query.text], limits, "text")
     if (query.image is None) == (query.item is None):
         raise Refusal(400, "invalid_request", "expected either image or item")
+    _refuse_lone_shard(query)
     source: bytes | Path | None
     if query.image is not None:
         (source,) = await check_pictures([query.image], limits, "image")
     else:
-        source = await pipeline.run(server.collection.picture, query.item, deadline=deadline(request))
+        picture = server.collection.picture
+        source = await pipeline.run(picture, query.item, query.shard, deadline=deadline(request))
         if source is None:
-            raise no_item(str(query.item), "whose picture is there")
+            raise no_item(str(query.item), "whose picture is there", query.shard)
     with stage(request, "explain"):
         work = partial(_explained, server.collection, source, query.text)
         return answer(await pipeline.run(work, deadline=deadline(request)))
@@ -209,7 +213,7 @@ def _explained(collection: Collection, source: bytes | Path, text: str) -> dict[
             "text": word.text,
             "start": word.start,
             "end": word.end,
-            "adds": float(explanation.contributions[word.first : word.last].sum()) if is_fine else None,
+            "adds": explanation.added_by(word) if is_fine else None,
         }
         for word in explanation.words
     ]
@@ -265,7 +269,7 @@ async def info(request: Request) -> Response:
 
     def described() -> dict[str, Any]:
         return {
-            "version": installed("finelip-fast").get("finelip-fast", ""),
+            "version": library_version(),
             "model": model_name(engine.source),
             "engine": str(engine),
             "context_length": engine.config.context_length,

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import io
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from importlib import resources
 from pathlib import Path
@@ -13,17 +12,19 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from PIL import Image
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
+from starlette.routing import BaseRoute
 
-from finelip_fast._files import installed
 from finelip_fast._pages import render
+from finelip_fast._versions import library_version
 from finelip_fast.errors import FineLIPError
 from finelip_fast.serve import api, health, items, openai, schemas
-from finelip_fast.serve.answers import Refusal, refusal_of
+from finelip_fast.serve.answers import Refusal, file_answer, refusal_of
 from finelip_fast.serve.batching import Workers
 from finelip_fast.serve.collection import Collection, model_name
 from finelip_fast.serve.guards import Account, Bounds, Doors
@@ -81,7 +82,7 @@ def create_app(collection: Collection, settings: ServeSettings, computing: Worke
     }
     app = FastAPI(
         title="finelip_fast",
-        version=installed("finelip-fast").get("finelip-fast", "0"),
+        version=library_version(),
         description="Search pictures with long descriptions. With a key: `Authorization: Bearer KEY`.",
         lifespan=lifespan,
         docs_url=None,
@@ -96,11 +97,12 @@ def create_app(collection: Collection, settings: ServeSettings, computing: Worke
         "model": model_name(collection.engine.source),
         "engine": str(collection.engine),
     }
-    app.include_router(api.router, responses=faults)
-    app.include_router(items.router, responses=faults)
-    app.include_router(openai.router, responses=faults)
+    routers = [api.router, items.router, openai.router]
+    for router in routers:
+        app.include_router(router, responses=faults)
     app.include_router(health.router)
     _add_pages(app)
+    _answer_heads(app, [route for router in (*routers, health.router, app.router) for route in router.routes])
     _add_handlers(app)
     _describe_requests(app)
     app.add_middleware(Bounds, server=server)
@@ -119,7 +121,6 @@ def _add_pages(app: FastAPI) -> None:
     files = {path.name: path.read_bytes() for path in _PAGES.iterdir() if path.suffix in _KINDS}
     for name in _SWAGGER:
         files[name] = (resources.files("fastapi_offline") / "static" / name).read_bytes()
-    tags = {name: f'"{hashlib.sha256(content).hexdigest()[:32]}"' for name, content in files.items()}
 
     @app.get("/", include_in_schema=False)
     async def page() -> HTMLResponse:
@@ -133,10 +134,14 @@ def _add_pages(app: FastAPI) -> None:
     async def static(request: Request, name: str) -> Response:
         if name not in files:
             raise Refusal(404, "no_such_file", f"expected a file of the page, got {name!r:.80}")
-        headers = {"ETag": tags[name], "Cache-Control": "no-cache"}
-        if tags[name] in request.headers.get("if-none-match", ""):
-            return Response(status_code=304, headers=headers)
-        return Response(files[name], media_type=_KINDS[Path(name).suffix], headers=headers)
+        return file_answer(request, files[name], _KINDS[Path(name).suffix], private=False)
+
+
+def _answer_heads(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
+    """Have HEAD answered where GET is, as load balancers and monitors expect; uvicorn leaves out the body."""
+    for route in routes:
+        if isinstance(route, APIRoute) and "GET" in (route.methods or ()):
+            app.add_api_route(route.path, route.endpoint, methods=["HEAD"], include_in_schema=False)
 
 
 def _add_handlers(app: FastAPI) -> None:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
 from finelip_fast.collection import picture_path
 from finelip_fast.engines import Engine
 from finelip_fast.explain import Explanation
-from finelip_fast.hits import Hit, Hits, is_local_file
+from finelip_fast.hits import Hits, is_local_file
 from finelip_fast.index import Field
-from finelip_fast.index.catalogue import Item
 from finelip_fast.index.search import Mode
 
 
@@ -27,13 +26,26 @@ class Found:
         hits: Hits of each query, best first.
         covered: Share of the items that were searched; below 1 where shards did not answer.
         missing: Reasons why shards did not answer, by folder.
-        shards: Folder of the shard that holds each hit; None: there are no shards.
     """
 
     hits: list[Hits]
     covered: float = 1.0
     missing: dict[str, str] = field(default_factory=dict)
-    shards: list[list[str]] | None = None
+
+
+class ListedItem(NamedTuple):
+    """An item of a listing.
+
+    Attributes:
+        id, metadata: Id and metadata that it was added with.
+        path: File of its picture; None if there is none.
+        shard: Folder of the shard that holds it; None: there are no shards.
+    """
+
+    id: str
+    metadata: dict[str, Any]
+    path: Path | None
+    shard: str | None = None
 
 
 @dataclass(frozen=True)
@@ -99,13 +111,18 @@ class Collection(Protocol):
         """Find the best items for embeddings ``[Q, L, D]``; errors as in :meth:`finelip_fast.Retriever.search_embeddings`."""
         ...
 
-    def embeddings_of(self, ids: Sequence[str]) -> dict[str, Tensor]:
-        """Return the stored embeddings ``[L, D]`` of those ids that exist."""
+    def embeddings_of(self, ids: Sequence[str], shard: str | None = None) -> dict[str, Tensor]:
+        """Return the stored embeddings ``[L, D]`` of those ids that exist.
+
+        Args:
+            ids: Ids of items.
+            shard: Folder of the shard that holds them; None: the first that has the id.
+        """
         ...
 
     def items(
         self, *, where: str | None = None, limit: int = 100, after: str | None = None
-    ) -> tuple[list[Item], str | None]:
+    ) -> tuple[list[ListedItem], str | None]:
         """Return a page of the items in the order they were added, and the ``after`` of the next page, None for the last.
 
         Raises:
@@ -117,8 +134,13 @@ class Collection(Protocol):
         """Return the metadata fields that items can be filtered by."""
         ...
 
-    def picture(self, id: str) -> Path | None:
-        """Return the file of an item, or None if there is no such item or no regular file."""
+    def picture(self, id: str, shard: str | None = None) -> Path | None:
+        """Return the file of an item, or None if there is no such item or no regular file.
+
+        Args:
+            id: Id of the item.
+            shard: Folder of the shard that holds it; None: the first that has a picture of the id.
+        """
         ...
 
     def explain(self, image: bytes | Path, text: str) -> Explanation:
@@ -156,8 +178,3 @@ def local_file(id: str, metadata: Mapping[str, Any], root: Path | None) -> Path 
     """Return the local file of an item's picture, even if added by path without a hash, or None if there is none."""
     path = picture_path(id, metadata, root) or (id if root is None else os.path.normpath(root / id))
     return Path(path) if is_local_file(str(path)) else None
-
-
-def with_path(hit: Hit, root: Path | None) -> Hit:
-    path = hit.path or local_file(hit.id, hit.metadata, root)
-    return hit if path is None else replace(hit, path=str(path))

@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from finelip_fast.serve.answers import answer, log
+from finelip_fast.serve.batching import Overloaded
 from finelip_fast.serve.metrics import CONTENT_TYPE
 from finelip_fast.serve.requests import Serving, serving
 
@@ -43,6 +44,8 @@ class Health:
         seconds = min(_TRIAL_SECONDS, self._server.settings.timeout)
         try:
             await asyncio.wait_for(try_search(self._server, "a house", seconds), seconds + 1)
+        except Overloaded:  # it works, and has no room
+            return "full"
         except Exception as error:  # whatever the error is, the server does not answer
             log.error("the server is not ready: %s: %s", type(error).__name__, error)
             return "failing"

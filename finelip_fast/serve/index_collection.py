@@ -8,6 +8,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,16 +19,16 @@ from finelip_fast._decode import suffix_of
 from finelip_fast.collection import item_id, prepare_root
 from finelip_fast.errors import FineLIPError, InputError
 from finelip_fast.explain import Explanation
-from finelip_fast.hits import Hits
+from finelip_fast.hits import Hit, Hits
 from finelip_fast.index import Field
 from finelip_fast.index.catalogue import Item
 from finelip_fast.index.checks import as_json
 from finelip_fast.index.search import Mode
 from finelip_fast.ingest import Ingest
-from finelip_fast.picture_files import HASH, STAMP, describe
+from finelip_fast.picture_files import combine, describe
 from finelip_fast.reports import AddReport
 from finelip_fast.retriever import Retriever
-from finelip_fast.serve.collection import Added, Found, Upload, local_file, with_path
+from finelip_fast.serve.collection import Added, Found, ListedItem, Upload, local_file
 from finelip_fast.serve.uploads import Uploads
 
 _logger = logging.getLogger(__name__)
@@ -71,25 +72,32 @@ class IndexCollection:
     ) -> Found:
         results = self._retriever.search_embeddings(queries, k=k, mode=mode, where=where, alpha=alpha)
         root = self._index.root
-        return Found([Hits(with_path(hit, root) for hit in hits) for hits in results])
 
-    def embeddings_of(self, ids: Sequence[str]) -> dict[str, Tensor]:
-        return self._index.embeddings_of(ids)
+        def with_path(hit: Hit) -> Hit:
+            path = self._file_of(hit, root)
+            return replace(hit, path=None if path is None else str(path))
+
+        return Found([Hits(map(with_path, hits)) for hits in results])
+
+    def embeddings_of(self, ids: Sequence[str], shard: str | None = None) -> dict[str, Tensor]:
+        return self._index.embeddings_of(ids) if shard is None else {}
 
     def items(
         self, *, where: str | None = None, limit: int = 100, after: str | None = None
-    ) -> tuple[list[Item], str | None]:
-        return self._index.page(where=where, limit=limit, after=after)
+    ) -> tuple[list[ListedItem], str | None]:
+        items, following = self._index.page(where=where, limit=limit, after=after)
+        root = self._index.root
+        return [ListedItem(item.id, item.metadata, self._file_of(item, root)) for item in items], following
 
     def fields(self) -> list[Field]:
         with self._counting:  # by one thread; the others get its cached result
             return self._index.fields()
 
-    def picture(self, id: str) -> Path | None:
-        item = self._index.get([id]).get(id)
+    def picture(self, id: str, shard: str | None = None) -> Path | None:
+        item = self._index.get([id]).get(id) if shard is None else None
         return None if item is None else self._file_of(item, self._index.root)
 
-    def _file_of(self, item: Item, root: Path | None) -> Path | None:
+    def _file_of(self, item: Hit | Item, root: Path | None) -> Path | None:
         if (path := local_file(item.id, item.metadata, root)) is not None:
             return path
         return None if self._uploads is None else self._uploads.find(item.id)
@@ -118,21 +126,20 @@ class IndexCollection:
                 for at, picture in pictures.items()
             }
 
-        def absent(ids: dict[int, str]) -> list[int]:
-            present = self._index.present(list(ids.values()))
-            return [at for at, item in ids.items() if item not in present]
-
         # Before anything is locked, as far as is known by then.
-        new = absent({at: item_id(path, root) for at, path in places().items()})
+        new = [at for at, path in places().items() if self._item_of(path, folder, root) is None]
         embeddings = self._embedded(pictures, new)
         files: list[Path] = []
         with self._changing:
             try:
                 with self._index.undisturbed():
                     paths = places()
-                    files += [path for at, path in paths.items() if folder.keep(path, uploads[at].content)]
-                    ids = {at: item_id(path, root) for at, path in paths.items()}
-                    new = absent(ids)
+                    known = {at: self._item_of(path, folder, root) for at, path in paths.items()}
+                    for at, path in paths.items():
+                        if folder.keep(path, uploads[at].content):
+                            files.append(path)
+                    ids = {at: known[at] or item_id(path, root) for at, path in paths.items()}
+                    new = [at for at, item in known.items() if item is None]
                     metadata = [pictures[at].described(paths[at]) for at in new]
                 embeddings |= self._embedded(pictures, [at for at in new if at not in embeddings])
                 report = AddReport()
@@ -145,7 +152,8 @@ class IndexCollection:
                 raise
             # Another process may have deleted an item of the same picture, and its file.
             with self._index.undisturbed():
-                for at in ids.keys() - set(absent(ids)):
+                present = self._index.present(list(ids.values()))
+                for at in [at for at, item in ids.items() if item in present]:
                     folder.keep(paths[at], uploads[at].content)
         try:
             self._index.compact_recent()
@@ -191,10 +199,18 @@ class IndexCollection:
         if not paths:
             return
         with self._index.undisturbed():
-            present = self._index.present([] if root is None else [item_id(path, root) for path in paths])
             for path in paths:
-                if root is None or item_id(path, root) not in present:
+                if self._item_of(path, folder, root) is None:
                     folder.remove(path)
+
+    def _item_of(self, path: Path, folder: Uploads, root: Path | None) -> str | None:
+        """Return the id of an uploaded picture's item, from before the index was moved, too; None if there is none."""
+        if root is not None and self._index.present([item := item_id(path, root)]):
+            return item
+        if not path.is_file():  # never uploaded before
+            return None
+        items, _ = self._index.page(where=f"id like '{folder.pattern(path)}'")
+        return next((item.id for item in items if folder.find(item.id) == path), None)
 
     def close(self) -> None:
         """Close the retriever."""
@@ -216,7 +232,4 @@ class _Sound(NamedTuple):
 
     def described(self, path: Path) -> dict[str, Any]:
         """Return the metadata of its item; size, time and hash are always those of the file."""
-        return {
-            **describe(path),
-            **{name: value for name, value in self.metadata.items() if name not in (*STAMP, HASH)},
-        }
+        return combine(describe(path), self.metadata)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
@@ -12,7 +11,7 @@ from starlette.responses import Response
 from finelip_fast._json import parse_json
 from finelip_fast.errors import ImageError, InputError
 from finelip_fast.serve import schemas
-from finelip_fast.serve.answers import Refusal, answer, no_item
+from finelip_fast.serve.answers import Refusal, answer, file_answer, no_item
 from finelip_fast.serve.collection import Added, Upload
 from finelip_fast.serve.requests import (
     File,
@@ -70,17 +69,16 @@ async def items(
 
     def page() -> dict[str, Any]:
         part, following = server.collection.items(where=check_where(where, limits), limit=limit, after=after)
-        listing = []
-        for item in part:
-            path = server.collection.picture(item.id)
-            listing.append(
-                {
-                    "id": item.id,
-                    "metadata": item.metadata,
-                    "path": None if path is None else str(path),
-                    "thumbnail": None if path is None else thumbnail_address(item.id),
-                }
-            )
+        listing = [
+            {
+                "id": item.id,
+                "metadata": item.metadata,
+                "path": None if item.path is None else str(item.path),
+                "thumbnail": None if item.path is None else thumbnail_address(item.id, item.shard),
+                "shard": item.shard,
+            }
+            for item in part
+        ]
         return {"items": listing, "total": len(server.collection), "next": following}
 
     return answer(await server.pipeline.run(page, deadline=deadline(request)))
@@ -91,24 +89,21 @@ async def thumbnail(
     request: Request,
     id: str,
     side: Annotated[int, Query(description=f"Longer side in pixels, one of {SIDES}.")] = 320,
+    shard: Annotated[str | None, Query(description=schemas.SHARD)] = None,
 ) -> Response:
     """Return a small copy of an item's picture, never of another file."""
     server = serving(request)
     item = item_of(request, "/thumbnail")
     if side not in SIDES:
         raise Refusal(400, "no_such_side", f"expected side to be one of {SIDES}, got {side}", param="side")
-    path = await server.pipeline.run(server.collection.picture, item, deadline=deadline(request))
+    path = await server.pipeline.run(server.collection.picture, item, shard, deadline=deadline(request))
     if path is None:
-        raise no_item(item, "whose picture is there")
+        raise no_item(item, "whose picture is there", shard)
     try:
         content = await server.pipeline.run(server.thumbnails.get, path, side, deadline=deadline(request))
     except ImageError:
-        raise no_item(item, "whose picture can be read") from None
-    tag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
-    headers = {"ETag": tag, "Cache-Control": "private, no-cache"}
-    if tag in request.headers.get("if-none-match", ""):
-        return Response(status_code=304, headers=headers)
-    return Response(content, media_type=server.thumbnails.media_type, headers=headers)
+        raise no_item(item, "whose picture can be read", shard) from None
+    return file_answer(request, content, server.thumbnails.media_type, private=True)
 
 
 @router.post("", status_code=201, response_model=schemas.AddResponse, openapi_extra=_UPLOAD)

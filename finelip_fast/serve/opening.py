@@ -51,6 +51,19 @@ class Opening:
                 "expected an index to add pictures to, got shards; add them to the folder of a shard instead"
             )
 
+    def check(self) -> None:
+        """Check what can be checked before a model is loaded.
+
+        Raises:
+            StoreError: There is no index in a folder, or it names a checkpoint that this user has not opened.
+        """
+        from finelip_fast.known_checkpoints import checkpoint_of
+
+        for folder in self.shards or (str(self.index),):
+            _require_index(folder)
+            if self.checkpoint is None:
+                checkpoint_of(folder)
+
     def open(self) -> Collection:
         """Load the model and open the collection, which the caller must close; takes seconds.
 
@@ -58,14 +71,13 @@ class Opening:
             InputError, EngineError, CheckpointError, StoreError: The same as for :class:`finelip_fast.Retriever` and
                 :class:`finelip_fast.distributed.Shards`.
         """
-        from finelip_fast.index import remedies, stored_source
         from finelip_fast.known_checkpoints import checkpoint_of
         from finelip_fast.serve.index_collection import IndexCollection
 
-        if self.index is not None and stored_source(self.index) is None:
+        if self.index is not None:
             # A retriever would create one, and a folder that is away for a moment would seem to be empty.
-            raise StoreError(f"there is no index at {self.index}: {remedies.make(str(self.index))}")
-        checkpoint = self.checkpoint or checkpoint_of(self.index or self.shards[0]) or None
+            _require_index(self.index)
+        checkpoint = self.checkpoint or checkpoint_of(self.index or self.shards[0])
         if self.index is not None:
             from finelip_fast.retriever import Retriever
 
@@ -95,3 +107,10 @@ class Opening:
         except BaseException:
             shards.close()
             raise
+
+
+def _require_index(folder: str) -> None:
+    from finelip_fast.index import remedies, stored_source
+
+    if stored_source(folder) is None:
+        raise StoreError(f"there is no index at {folder}: {remedies.make(folder)}")

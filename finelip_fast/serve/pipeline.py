@@ -225,13 +225,11 @@ class Pipeline:
         alpha = self._collection.alpha if alpha is None else alpha
         key = _SearchKey(at_least, mode, where, alpha)
         results = await self._search.submit(key, queries, deadline=deadline)
-        shards = [result.shards[0][:k] for result in results if result.shards is not None]
         return dataclasses.replace(
             results[0],
             hits=[Hits(result.hits[0][:k]) for result in results],
             covered=min(result.covered for result in results),
             missing={shard: why for result in results for shard, why in result.missing.items()},
-            shards=shards or None,
         )
 
     async def run(self, function: Callable[..., R], *args: Any, deadline: float) -> R:
@@ -271,11 +269,7 @@ class Pipeline:
         results = self._collection.search(
             torch.stack(list(queries)), key.k, mode=key.mode, where=key.where, alpha=key.alpha
         )
-        shards: Sequence[list[str] | None] = results.shards or [None] * len(queries)
-        return [
-            dataclasses.replace(results, hits=[hits], shards=None if places is None else [places])
-            for hits, places in zip(results.hits, shards, strict=True)
-        ]
+        return [dataclasses.replace(results, hits=[hits]) for hits in results.hits]
 
     def _work_batch(self, _: None, calls: Sequence[Callable[[], Any]]) -> list[Any]:
         return [call() for call in calls]

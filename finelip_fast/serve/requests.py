@@ -15,13 +15,14 @@ from time import perf_counter
 from typing import Any, Literal, NamedTuple, TypeVar
 from urllib.parse import unquote_to_bytes
 
+from PIL import ExifTags
 from pydantic import BaseModel, ValidationError
 from python_multipart.exceptions import FormParserError
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
-from finelip_fast._decode import header, quiet
+from finelip_fast._decode import header, quiet, upright_size
 from finelip_fast._json import parse_json
 from finelip_fast.errors import InputError
 from finelip_fast.serve.answers import Refusal
@@ -35,7 +36,6 @@ Model = TypeVar("Model", bound=BaseModel)
 _IN_LOOP = 1 << 18  # bytes; larger bodies are parsed in a thread, so that other requests are not blocked
 _DATA = re.compile(r"data:[^,]{0,200};base64,", re.IGNORECASE)
 _ADDRESS = re.compile(r"\s*(?:https?|ftp|file|s3|gs):", re.IGNORECASE)
-_MAX_PART = 1 << 20  # bytes of a form field that is not a file
 _MAX_ERRORS = 3  # errors listed in one message
 
 
@@ -115,7 +115,7 @@ async def read_form(request: Request, limits: Limits) -> list[tuple[str, str | F
     """
     most = max(limits.images, limits.texts)
     parser = MultiPartParser(
-        request.headers, request.stream(), max_files=limits.images, max_fields=most + 16, max_part_size=_MAX_PART
+        request.headers, request.stream(), max_files=limits.images, max_fields=most + 16, max_part_size=limits.body
     )
     parser.spool_max_size = limits.body + 1
     try:
@@ -280,8 +280,8 @@ def size_of(picture: bytes | Path) -> tuple[int, int]:
     Raises:
         ImageError: Not a picture, or too large. Errors raised by Pillow pass through.
     """
-    with quiet, header(picture if isinstance(picture, bytes) else str(picture)) as ((width, height), exif):
-        return (height, width) if exif.get(0x0112, 1) in (5, 6, 7, 8) else (width, height)
+    with quiet, header(picture if isinstance(picture, bytes) else str(picture)) as (size, exif):
+        return upright_size(size, exif.get(ExifTags.Base.Orientation))
 
 
 # Addresses -----------------------------------------------------------------------------------------------------------

@@ -305,6 +305,7 @@ class _Process:
         self.process.start()
         sender.close()
         self.is_ready = False
+        self.reason = ""  # why it never will be ready
 
     def hear(self) -> str | None:
         """Return the worker's report: empty if it is ready, otherwise why it never will be; None if there is no report."""
@@ -313,6 +314,7 @@ class _Process:
         except (EOFError, OSError):
             text = None
         self.is_ready = self.is_ready or text == ""
+        self.reason = text or self.reason
         return text
 
 
@@ -368,10 +370,13 @@ def _replace_dead(processes: list[_Process], start: Any, stopping: threading.Eve
     while not stopping.is_set():
         connection.wait([process.process.sentinel for process in processes], timeout=0.2)
         for place, process in enumerate(processes):
-            process.hear()
-            if process.process.is_alive() or stopping.is_set():
+            is_alive = process.process.is_alive()
+            while process.hear() is not None:  # all that one that ended has reported
+                pass
+            if is_alive or stopping.is_set():
                 continue
-            _log.error("worker %s exited with code %s; starting another", process.process.pid, process.process.exitcode)
+            ending = f"worker {process.process.pid} exited with code {process.process.exitcode}"
+            _log.error("%s%s; starting another", ending, f": {process.reason}" if process.reason else "")
             multiprocess.mark_process_dead(process.process.pid)  # type: ignore[no-untyped-call]
             pause = _RESTART_SECONDS[0] if process.is_ready else min(2 * pause, longest)
             if not stopping.wait(pause):

@@ -17,6 +17,9 @@ Text = Annotated[str, Field(description="A description; an empty one is a query 
 Picture = Annotated[str, Field(description="An encoded picture in base64, or a data URI of one.")]
 
 
+SHARD = "Folder of the shard that holds it, as in `shard` of a hit; null: the first that has such an item."
+
+
 class Request(BaseModel):
     """Request from a client; unknown names are refused, so that none is silently ignored."""
 
@@ -29,6 +32,7 @@ class SearchRequest(Request):
     text: Text | list[Text] | None = None
     image: Picture | list[Picture] | None = None
     item: str | list[str] | None = Field(None, description="Id of an item: search with its stored embedding.")
+    shard: str | None = Field(None, description=f"With `item`: {SHARD[0].lower()}{SHARD[1:]}")
     k: int = Field(10, ge=1, description="Number of hits of each query.")
     offset: int = Field(0, ge=0, description="Number of best hits to leave out, for the next page.")
     mode: Mode = "auto"
@@ -89,6 +93,7 @@ class ExplainRequest(Request):
     text: Text
     image: Picture | None = None
     item: str | None = None
+    shard: str | None = Field(None, description=f"With `item`: {SHARD[0].lower()}{SHARD[1:]}")
 
 
 class ExplainedWord(BaseModel):
@@ -146,6 +151,7 @@ class StoredItem(BaseModel):
     metadata: dict[str, Any]
     path: str | None
     thumbnail: str | None
+    shard: str | None = Field(None, description="Folder of the shard that holds it.")
 
 
 class ItemsResponse(BaseModel):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -16,13 +17,14 @@ from finelip_fast.distributed.shards import ShardItem
 from finelip_fast.engines import Engine
 from finelip_fast.errors import InputError, StoreError
 from finelip_fast.explain import Explanation, explain
-from finelip_fast.hits import Hit, Hits
+from finelip_fast.hits import hits_of
 from finelip_fast.index import Field, Index, stored_index
-from finelip_fast.index.catalogue import Item
 from finelip_fast.index.fields import joined_fields
 from finelip_fast.index.search import Mode
 from finelip_fast.model import FineLIP
-from finelip_fast.serve.collection import Added, Found, Upload, local_file, with_path
+from finelip_fast.serve.collection import Added, Found, ListedItem, Upload, local_file
+
+T = TypeVar("T")
 
 
 class ShardCollection:
@@ -59,7 +61,7 @@ class ShardCollection:
         return len(self._shards)
 
     def version(self) -> int:
-        return sum(index.version for index in self._local_indexes().values())
+        return sum(self._of_readable(lambda index: index.version).values())
 
     def _local_indexes(self) -> dict[str, Index]:
         """Return the indexes of the shards whose folders are on this machine, by folder, in the order of the shards."""
@@ -69,6 +71,20 @@ class ShardCollection:
                     with suppress(StoreError):
                         self._indexes[folder] = stored_index(folder)
             return {folder: self._indexes[folder] for folder in self._shards.folders if folder in self._indexes}
+
+    def _of_readable(self, function: Callable[[Index], T], folders: Sequence[str] | None = None) -> dict[str, T]:
+        """Return what a function reads from each index, without those that are gone by now: their shards are missing, too.
+
+        Args:
+            function: Function of an index.
+            folders: Folders of the indexes; None: all that are on this machine.
+        """
+        values: dict[str, T] = {}
+        for folder, index in self._local_indexes().items():
+            if folders is None or folder in folders:
+                with suppress(StoreError):
+                    values[folder] = function(index)
+        return values
 
     def search(
         self,
@@ -81,61 +97,63 @@ class ShardCollection:
     ) -> Found:
         alpha = self.alpha if alpha is None else self.engine.config.choose_alpha(share("alpha", alpha))
         result = self._shards.search(queries, whole_number("k", k), alpha=alpha, mode=mode, where=where)
-        roots: dict[str, Path | None] = {}
-        for folder, index in self._local_indexes().items():
-            with suppress(StoreError):  # its folder is gone, and its shard missing
-                roots[folder] = index.root
+        roots = self._of_readable(lambda index: index.root)
 
-        def hit(query: int, rank: int, item: ShardItem) -> Hit:
-            bare = Hit(
-                item.id,
-                float(result.scores[query, rank]),
-                float(result.global_scores[query, rank]),
-                None if result.fine_scores is None else float(result.fine_scores[query, rank]),
-                item.metadata,
-                result.modes[item.shard],
-            )
-            return with_path(bare, roots[item.shard]) if item.shard in roots else bare
+        def path(item: ShardItem) -> Path | None:
+            return local_file(item.id, item.metadata, roots[item.shard]) if item.shard in roots else None
 
-        hits = [
-            Hits(hit(query, rank, item) for rank, item in enumerate(items)) for query, items in enumerate(result.items)
-        ]
-        shards = [[item.shard for item in items] for items in result.items]
-        return Found(hits, result.covered, result.missing, shards)
+        hits = hits_of(
+            result.items,
+            result.scores,
+            result.global_scores,
+            result.fine_scores,
+            mode=lambda item: result.modes[item.shard],
+            path=path,
+            shard=lambda item: item.shard,
+        )
+        return Found(hits, result.covered, result.missing)
 
-    def embeddings_of(self, ids: Sequence[str]) -> dict[str, Tensor]:
+    def embeddings_of(self, ids: Sequence[str], shard: str | None = None) -> dict[str, Tensor]:
         embeddings: dict[str, Tensor] = {}
-        for index in self._all_here().values():
+        for index in self._required(self._folders(shard)).values():
             embeddings = {**index.embeddings_of(ids), **embeddings}
         return embeddings
 
-    def _all_here(self) -> dict[str, Index]:
-        """
+    def _folders(self, shard: str | None) -> list[str]:
+        """Return the folders of all shards, or that of the one that a request names."""
+        return [folder for folder in self._shards.folders if shard in (None, folder)]
+
+    def _required(self, folders: Sequence[str]) -> dict[str, Index]:
+        """Return the indexes in folders.
+
         Raises:
             StoreError: A folder is not on this machine, or cannot be read.
         """
         indexes = self._local_indexes()
-        for folder in self._shards.folders:
+        for folder in folders:
             if folder not in indexes:
                 raise StoreError(
                     f"the folder of the shard {folder} is not on this machine or cannot be read; shards elsewhere can "
                     "be searched only by text and by picture: for its items, run finelip serve --index there"
                 )
-        return indexes
+        return {folder: indexes[folder] for folder in folders}
 
     def items(
         self, *, where: str | None = None, limit: int = 100, after: str | None = None
-    ) -> tuple[list[Item], str | None]:
-        indexes = list(self._all_here().values())
+    ) -> tuple[list[ListedItem], str | None]:
+        indexes = list(self._required(self._shards.folders).items())
         number, _, place = ("0:" if after is None else after).partition(":")
         if not re.fullmatch("[0-9]{1,6}", number) or int(number) >= len(indexes):
             raise InputError(
                 f"expected after to be the cursor of a previous page, got {after!r:.80}; list from the beginning"
             )
-        at, items, end = int(number), list[Item](), place or None
+        at, items, end = int(number), list[ListedItem](), place or None
         while True:
-            part, end = indexes[at].page(where=where, limit=limit - len(items), after=end)
-            items += part
+            folder, index = indexes[at]
+            part, end = index.page(where=where, limit=limit - len(items), after=end)
+            root = index.root
+            paths = [local_file(item.id, item.metadata, root) for item in part]
+            items += [ListedItem(item.id, item.metadata, path, folder) for item, path in zip(part, paths, strict=True)]
             at += end is None
             if at == len(indexes):
                 return items, None
@@ -143,14 +161,15 @@ class ShardCollection:
                 return items, f"{at}:{end or ''}"
 
     def fields(self) -> list[Field]:
-        return joined_fields([index.fields() for index in self._local_indexes().values()])
+        return joined_fields(list(self._of_readable(lambda index: index.fields()).values()))
 
-    def picture(self, id: str) -> Path | None:
-        for index in self._local_indexes().values():
-            for item in index.get([id]).values():
-                if (path := local_file(item.id, item.metadata, index.root)) is not None:
-                    return path
-        return None
+    def picture(self, id: str, shard: str | None = None) -> Path | None:
+        def path(index: Index) -> Path | None:
+            item = index.get([id]).get(id)
+            return None if item is None else local_file(item.id, item.metadata, index.root)
+
+        paths = self._of_readable(path, self._folders(shard)).values()
+        return next((path for path in paths if path is not None), None)
 
     def explain(self, image: bytes | Path, text: str) -> Explanation:
         with self._loading:

@@ -25,9 +25,10 @@ SIDES = (160, 320, 640, 1280, 2048)
 _QUALITY = 80
 
 
-def thumbnail_address(id: str) -> str:
+def thumbnail_address(id: str, shard: str | None = None) -> str:
     """Return the address of an item's thumbnail; any id is one segment of the path."""
-    return f"/v1/items/{quote(id, safe='', errors='surrogateescape')}/thumbnail"
+    address = f"/v1/items/{quote(id, safe='', errors='surrogateescape')}/thumbnail"
+    return address if shard is None else f"{address}?shard={quote(shard, safe='', errors='surrogateescape')}"
 
 
 class _Key(NamedTuple):

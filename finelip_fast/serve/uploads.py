@@ -65,10 +65,14 @@ class Uploads:
         return True
 
     def find(self, item: str) -> Path | None:
-        """Return the file of an uploaded picture by its item's id, wherever the index root is now, or None."""
+        """Return the file of an uploaded picture by its item's id, wherever the index and its root are now, or None."""
         name = item.rpartition("/")[2]
         path = self.folder / name[:2] / name
         return path if _NAME.fullmatch(name) and path.is_file() else None
+
+    def pattern(self, path: Path) -> str:
+        """Return the pattern, as ``like`` takes it, of the ids that an uploaded picture's item may have."""
+        return f"%{path.parent.name}/{path.name[:_DIGITS]}%"
 
     def holds(self, path: Path) -> bool:
         """Return whether a path is that of an uploaded picture."""

@@ -36,6 +36,7 @@ HIT = {
     "metadata": {"camera": "front"},
     "mode": "exact",
     "path": "/photos/a.png",
+    "shard": None,
 }
 
 
@@ -153,11 +154,12 @@ def test_uploads_lie_in_the_index_unless_told(serve, served) -> None:
         ("--shards a b", "expected --index or --shards, got both"),
         ("--ray ray://a", "expected --ray with --shards"),
         ("--index nothing", "there is no index at nothing"),
+        ("--shards nothing", "there is no index at nothing"),
     ],
 )
 def test_what_is_wrong_is_told_before_a_server_starts(serve, served, folder: Path, words: str, message: str) -> None:
     (folder / "short").write_text("key")
-    code, _, err = serve(*words.split(), index=not words.startswith("--index"))
+    code, _, err = serve(*words.split(), index=not words.startswith(("--index", "--shards nothing")))
     assert code == 2
     assert message in err
     assert not served

@@ -204,7 +204,7 @@ def test_a_job_that_was_stopped_goes_on(
 @pytest.fixture
 def worker(checkpoint: Path, tmp_path: Path) -> bulk.Worker:
     retriever = Retriever(checkpoint, engine="torch", device="cpu", index=tmp_path / "index")
-    return bulk.Worker(bulk._Job(retriever, "cpu", 4, describes=False))
+    return bulk.Worker(bulk._Job(retriever, "cpu", 4))
 
 
 def test_a_file_on_which_a_worker_died_is_left_out(worker: bulk.Worker, photos: Path) -> None:
@@ -263,6 +263,39 @@ def test_workers_refuse_another_checkpoint_until_they_see_the_same(
 def test_numbers_below_one_are_refused(tmp_path: Path, option: str) -> None:
     with pytest.raises(InputError, match=f"expected {option} of at least 1, got 0"):
         index_images([], tmp_path, **{option: 0})
+
+
+@pytest.mark.parametrize(
+    ("files", "options", "message"),
+    [
+        ("photos", {"cpus": "x"}, "expected cpus to be 0 or a number of at least 0.0001, got 'x'"),
+        ("photos", {"gpus": -1}, "expected gpus to be 0 or a number of at least 0.0001, got -1"),
+        ("photos", {"metadata": {}}, "expected metadata to be a function from an id to a dict, got {}"),
+        ("nothing", {}, "expected a folder or a picture, got nothing there"),
+        (5, {}, "expected files to be a folder or paths of pictures, got 5"),
+    ],
+)
+def test_wrong_arguments_make_no_index(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, files: Any, options: dict[str, Any], message: str
+) -> None:
+    monkeypatch.chdir(photos.parent)
+    with pytest.raises(InputError) as caught:
+        index_images(files, "index", **options)
+    assert message in str(caught.value)
+    assert not Path("index").exists()
+
+
+@pytest.mark.usefixtures("without_ray")
+@pytest.mark.parametrize("values", [None, {"n": float("nan")}])
+def test_metadata_is_checked_before_anything_is_encoded(
+    photos: Path, tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, values: Any
+) -> None:
+    def encode(*_: object) -> None:
+        pytest.fail("a picture was encoded")
+
+    monkeypatch.setattr(bulk.Worker, "encode", encode)
+    with pytest.raises(InputError, match=r"expected metadata .*03\.png"):
+        add(photos, tmp_path / "index", checkpoint, metadata=lambda item: values if item == "03.png" else {"n": 1})
 
 
 def test_a_task_is_whole_batches_and_enough_for_all(worker: bulk.Worker) -> None:

@@ -260,11 +260,26 @@ def test_a_folder_without_an_index_is_refused(together: tuple[list[Path], Index]
         Shards([together[0][0], tmp_path], cpus=0)
 
 
+def test_a_link_to_a_shard_is_the_same_shard(together: tuple[list[Path], Index], tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(together[0][0])
+    with pytest.raises(InputError, match="expected unique folders of indexes, got"):
+        Shards([together[0][0], tmp_path / "link"])
+
+
 @pytest.mark.parametrize(
     ("folders", "options", "message"),
     [
         ([], {}, "expected unique folders of indexes, got []"),
         (["a", "a"], {}, "expected unique folders of indexes, got ['a', 'a']"),
+        (["a", "a/"], {}, "expected unique folders of indexes, got ['a', 'a']"),
+        (["a", "b/../a"], {}, "expected unique folders of indexes, got ['a', 'b/../a']"),
+        ([5], {}, "expected a folder to be a path, got 5"),
+        (["a"], {"timeout": "x"}, "expected timeout in seconds above 0, got 'x'"),
+        (["a"], {"timeout": -1}, "expected timeout in seconds above 0, got -1"),
+        (["a"], {"cpus": "a"}, "expected cpus to be 0 or a number of at least 0.0001, got 'a'"),
+        (["a"], {"cpus": float("nan")}, "expected cpus to be 0 or a number of at least 0.0001, got nan"),
+        (["a"], {"gpus": -1}, "expected gpus to be 0 or a number of at least 0.0001, got -1"),
+        (["a"], {"gpus": 1.5}, "expected gpus above 1 to be a whole number, got 1.5"),
         (["a"], {"partial": "some"}, "expected partial to be one of refuse, mark, got 'some'"),
         ("folder", {}, "expected folders to be a list"),
     ],

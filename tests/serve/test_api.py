@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import io
 import json
 import os
 import re
@@ -151,6 +153,19 @@ def test_a_picture_of_too_many_pixels(open_client: Callable[..., TestClient]) ->
     client = open_client(limits=Limits(pixels=1000))
     error = post(client, "/v1/search", {"image": encoded(picture(0))}, 413)
     assert (error["code"], error["param"]) == ("too_many_pixels", "image")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_broken_exif_hides_neither_a_picture_nor_its_size(
+    open_client: Callable[..., TestClient], folder: Path, kind: str
+) -> None:
+    content = io.BytesIO()
+    picture(0).save(content, kind, exif=b"Exif\0\0garbage")
+    image = base64.b64encode(content.getvalue()).decode()
+    explained = post(open_client(), "/v1/explain", {"text": TEXT, "image": image})
+    assert (explained["width"], explained["height"]) == (48, 40)
+    refusal = post(open_client(limits=Limits(pixels=1000)), "/v1/search", {"image": image}, 413)
+    assert refusal["code"] == "too_many_pixels"
 
 
 def test_a_bad_picture_ends_its_own_request_alone(client: TestClient) -> None:
@@ -315,6 +330,10 @@ def test_a_file_that_is_no_picture_is_told_and_the_others_are_added(checkpoint: 
             again = client.post("/v1/items", files=files[:2]).json()
             assert (again["added"], again["items"][0]["id"]) == (0, item["id"])
 
+            described = [{"place": "a", "note": "x" * (1 << 20)}, {"place": "b"}]
+            answer = client.post("/v1/items", files=files[:2], data={"metadata": json.dumps(described)})
+            assert (answer.status_code, answer.json()["items"][0]["id"]) == (201, item["id"]), "metadata of any length"
+
             none = client.post("/v1/items", files=files[1:])
             assert none.status_code == 400
             assert (none.json()["error"]["code"], none.json()["error"]["param"]) == ("nothing_added", "image")
@@ -347,6 +366,15 @@ def test_the_page_and_its_files_are_served(client: TestClient) -> None:
     assert client.get("/static/serve.js", headers={"If-None-Match": script.headers["etag"]}).status_code == 304
     for name in ("serve.html", "nothing.js", "..%2f..%2fapp.py"):
         assert client.get(f"/static/{name}").status_code == 404
+
+
+def test_head_is_answered_as_get_is(client: TestClient) -> None:
+    paths = ["/", "/docs", "/static/serve.js", "/openapi.json", "/health/live", "/health/ready", "/metrics"]
+    for path in (*paths, "/v1/info", "/v1/items", "/v1/models", "/v1/items/a.png/thumbnail"):
+        head, get = client.head(path), client.get(path)
+        assert (head.status_code, head.headers["content-type"]) == (200, get.headers["content-type"]), path
+    assert client.head("/v1/search").status_code == 405
+    assert not [path for path, methods in client.get("/openapi.json").json()["paths"].items() if "head" in methods]
 
 
 def test_the_documentation_comes_from_here_alone(client: TestClient) -> None:

@@ -14,6 +14,7 @@ from starlette.testclient import TestClient
 
 from finelip_fast.errors import InputError, StoreError
 from finelip_fast.serve import health
+from finelip_fast.serve.batching import Overloaded
 from finelip_fast.serve.guards import check_exposure, host_name
 from finelip_fast.serve.settings import Limits, ServeSettings
 
@@ -311,6 +312,16 @@ def test_ready_means_that_it_searches(client: TestClient, monkeypatch: Any) -> N
     assert client.get("/health/ready").json() == {"status": "draining"}
     fault(client.post("/v1/search", json=SEARCH), 503, "not_ready")
     assert client.get("/health/live").status_code == 200
+
+
+def test_a_full_queue_is_no_failure(client: TestClient, monkeypatch: Any, caplog: Any) -> None:
+    async def refuse(*_: Any, **__: Any) -> None:
+        raise Overloaded("expected at most 256 items in the queue", 3)
+
+    monkeypatch.setattr(client.app.state.serving.pipeline, "embed_texts", refuse)  # pyright: ignore
+    answer = client.get("/health/ready")
+    assert (answer.status_code, answer.json(), "Retry-After" in answer.headers) == (503, {"status": "full"}, True)
+    assert "not ready" not in caplog.text
 
 
 def test_it_is_warm_before_it_answers(open_client: OpenClient, retriever: Any, monkeypatch: Any) -> None:

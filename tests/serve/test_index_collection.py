@@ -90,7 +90,7 @@ def test_a_search_is_the_retrievers(photos: Path, retriever: Retriever, served: 
     queries = retriever.encode_texts(["a red house", "night"])
     result = served.search(queries, 3, where="bytes > 0", alpha=0.5)
     assert result.hits == retriever.search(["a red house", "night"], k=3, where="bytes > 0", alpha=0.5)
-    assert (result.covered, result.missing, result.shards) == (1, {}, None)
+    assert (result.covered, result.missing, {hit.shard for hit in result.hits[0]}) == (1, {}, {None})
     assert served.search(queries, 1).hits == retriever.search(["a red house", "night"], k=1)
     assert (len(served), served.version(), served.alpha) == (5, retriever.index.version, 0.8)
     stored = served.embeddings_of(["3.png"])["3.png"]
@@ -199,6 +199,34 @@ def test_an_upload_is_found_wherever_the_root_is_moved(
     assert not path.exists()
 
 
+def test_a_moved_index_keeps_its_uploads(
+    photos: Path, served: IndexCollection, retriever: Retriever, engine_options: dict[str, Any], tmp_path: Path
+) -> None:
+    """Ids are relative to the photos, which stay: the same picture is still one item, with the file that moved along."""
+    first, second = served.add([Upload(encoded(7), "x.png"), Upload(encoded(8), "y.png")])
+    retriever.close()
+    (tmp_path / "index").rename(tmp_path / "moved")
+    with Retriever(**engine_options, index=tmp_path / "moved") as retriever:
+        served = IndexCollection(retriever, tmp_path / "moved" / "uploads")
+        (again,) = served.add([Upload(encoded(7), "x.png")])
+        assert (again.id, again.existing, len(served)) == (first.id, True, 7)
+        (hits,) = served.search(retriever.encode_images([encoded(7)]), 1).hits
+        path = served.picture(first.id)
+        assert path.is_relative_to(tmp_path / "moved" / "uploads")
+        assert (hits[0].id, hits[0].path) == (first.id, str(path))
+        served.delete([second.id])
+        assert files_of(tmp_path / "moved" / "uploads") == [path]
+
+        # An item that was added twice before and after a move
+        stored = served.embeddings_of([first.id])[first.id]
+        twice = item_id(path, retriever.index.root)
+        retriever.index.add([twice], stored[None], [{"sha256": digest(encoded(7))}])
+        served.delete([twice])
+        assert served.picture(first.id).read_bytes() == encoded(7)
+        served.delete([first.id])
+        assert not path.exists()
+
+
 def test_the_same_picture_is_one_item(served: IndexCollection, tmp_path: Path) -> None:
     first, again, second = served.add(
         [Upload(encoded(1), "a.png", {"n": 1}), Upload(encoded(1), "b.png", {"n": 2}), Upload(encoded(2), "b.png")]
@@ -262,6 +290,23 @@ def test_an_index_that_cannot_be_written_leaves_no_file(
             served.add([Upload(encoded(1), "a.png"), Upload(encoded(2), "b.png")])
     assert len(served) == len(files_of(tmp_path / "index" / "uploads")) == 1
     assert served.add([Upload(encoded(2), "b.png")])[0].reason is None
+
+
+def test_a_disk_that_fills_while_files_are_written_leaves_none(
+    served: IndexCollection, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    keep = Uploads.keep
+
+    def refuse_second(uploads: Uploads, path: Path, content: bytes) -> bool:
+        if files_of(uploads.folder):
+            raise WriteError(28, "no room")
+        return keep(uploads, path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Uploads, "keep", refuse_second)
+        with pytest.raises(WriteError, match="no room"):
+            served.add([Upload(encoded(1), "a.png"), Upload(encoded(2), "b.png")])
+    assert files_of(tmp_path / "index" / "uploads") == []
 
 
 def test_more_uploads_than_a_batch(served: IndexCollection, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -400,6 +400,38 @@ def test_similar_pictures_are_found_and_a_path_is_copied(page: Page, pictures: l
     expect(dialog.get_by_text("Why it matched")).to_be_hidden()  # no words were searched for
 
 
+def test_results_of_two_shards_with_one_id_are_two(page: Page) -> None:
+    """What is opened, explained and searched by is the clicked one's shard."""
+    explained: list[str] = []
+
+    def two_shards(route: Route) -> None:
+        answer = route.fetch().json()
+        (hit, *_) = answer["results"][0]["hits"]
+        address = hit["thumbnail"]
+        hits = [{**hit, "shard": shard, "thumbnail": f"{address}?shard={shard}"} for shard in ("a", "b")]
+        answer["results"][0]["hits"] = hits
+        route.fulfill(json=answer)
+
+    def explain(route: Route) -> None:
+        explained.append(route.request.post_data_json["shard"])
+        route.abort()
+
+    page.route("**/v1/search", two_shards)
+    page.route("**/v1/explain", explain)
+    search(page, TEXT)
+    dialog = page.locator("#opened")
+    for number, shard in ((1, "b"), (0, "a")):
+        cards(page).nth(number).click()
+        expect(dialog.locator(".scores")).to_contain_text(f"from {shard}")
+        expect(dialog.locator(".view img")).to_have_attribute("src", re.compile(rf"shard={shard}&side="))
+        expect(dialog.get_by_role("link", name="Find similar")).to_have_attribute(
+            "href", re.compile(f"similarShard={shard}")
+        )
+        page.keyboard.press("Escape")
+        expect(dialog).to_be_hidden()
+    assert explained == ["b", "a"]
+
+
 def test_what_is_tapped_on_a_phone_answers_on_the_screen(open_page: Callable[..., Page], address: str) -> None:
     page = open_page(PHONE)
     page.goto(address)

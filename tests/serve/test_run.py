@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import importlib.util
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -28,6 +29,7 @@ import pytest
 
 from finelip_fast import Client, Retriever
 from finelip_fast.errors import InputError
+from finelip_fast.serve import run
 from finelip_fast.serve.run import address_of, listen, serve
 from finelip_fast.serve.settings import ServeSettings
 
@@ -376,6 +378,22 @@ def test_a_worker_that_is_killed_is_replaced(start: Callable[..., Server]) -> No
     code, errors = server.stop()
     assert (code, f"worker {victim} exited with code -9" in errors) == (0, True), errors
     assert not any(psutil.pid_exists(pid) for pid in after)
+
+
+def test_the_log_says_why_a_worker_did_not_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: Any) -> None:
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    monkeypatch.setattr(run, "_RESTART_SECONDS", (0.0, 0.0))
+    monkeypatch.setattr(run._log, "propagate", True)
+    stopping = threading.Event()
+    ended = run._Process.__new__(run._Process)
+    ended.report, sender = multiprocessing.Pipe(duplex=False)
+    ended.process = multiprocessing.get_context("spawn").Process(target=print)
+    ended.process.start()
+    ended.process.join(HANG_SECONDS)
+    ended.is_ready, ended.reason = False, ""
+    sender.send("there is no index at photos: make one")
+    run._replace_dead([ended], lambda: stopping.set(), stopping)
+    assert "exited with code 0: there is no index at photos: make one; starting another" in caplog.text
 
 
 @pytest.mark.slow

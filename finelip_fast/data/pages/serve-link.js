@@ -3,11 +3,13 @@
  *
  * @typedef {{is: string[], from: string, to: string, has: string}} Choice What a control says of a field: any of some values
  *   (as JSON), a least and a greatest one, a part of its text.
- * @typedef {{text: string, picture: string, similar: string, where: string, alpha: string, open: string,
- *   choices: Map<string, Choice>}} Search `picture` names one that was dropped, pasted or chosen in this tab.
+ * @typedef {{text: string, picture: string, similar: string, similarShard: string, where: string, alpha: string,
+ *   open: string, openShard: string, choices: Map<string, Choice>}} Search `picture` names one that was dropped, pasted or
+ *   chosen in this tab; `similar` and `open` are ids of items, which shards may share.
  */
 
-const SINGLE = ["picture", "similar", "where", "alpha", "open"];
+const SINGLE = ["picture", "similar", "similarShard", "where", "alpha", "open", "openShard"];
+const OPENED = ["open", "openShard"];
 
 /** @returns {Choice} */
 export const noChoice = () => ({ is: [], from: "", to: "", has: "" });
@@ -32,12 +34,12 @@ export function readLink(query) {
 export function linkOf(search) {
   const values = new URLSearchParams();
   if (search.text) values.set("q", search.text);
-  for (const name of SINGLE) if (search[name] && name !== "open") values.set(name, search[name]);
+  for (const name of SINGLE) if (search[name] && !OPENED.includes(name)) values.set(name, search[name]);
   for (const [field, choice] of search.choices) {
     for (const value of choice.is) values.append(`is.${field}`, value);
     for (const kind of ["from", "to", "has"]) if (choice[kind]) values.set(`${kind}.${field}`, choice[kind]);
   }
-  if (search.open) values.set("open", search.open);
+  for (const name of OPENED) if (search[name]) values.set(name, search[name]);
   const query = values.toString();
   return query ? `?${query}` : "./";
 }

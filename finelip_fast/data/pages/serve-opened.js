@@ -127,7 +127,7 @@ async function explain(content, item, { text, signal }) {
   reading.textContent = "Reading the picture …";
   let answer;
   try {
-    answer = await ask("v1/explain", { method: "POST", json: { text, item: item.id }, signal });
+    answer = await ask("v1/explain", { method: "POST", json: { text, item: item.id, shard: item.shard }, signal });
   } catch (fault) {
     if (fault.name !== "AbortError") reading.textContent = fault.message;
     return;

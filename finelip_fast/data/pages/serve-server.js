@@ -59,8 +59,14 @@ export const asSentence = (message) => message.charAt(0).toUpperCase() + message
 /** Sides of the thumbnails that the server makes. */
 const SIDES = [160, 320, 640, 1280, 2048];
 
-/** @param {string} id @returns {string} An item's address; halves of pairs, of names that are no UTF-8, have none. */
-export const addressOf = (id) => `v1/items/${encodeURIComponent(id.replace(/\p{Cs}/gu, "\ufffd"))}`;
+/** Halves of pairs, of names that are no UTF-8, have no address. */
+const inAddress = (text) => encodeURIComponent(text.replace(/\p{Cs}/gu, "\ufffd"));
+
+/** @param {string} id @returns {string} An item's address. */
+export const addressOf = (id) => `v1/items/${inAddress(id)}`;
+
+/** @param {string} id @param {string} shard "" where there are no shards. @returns {string} Address of an item's thumbnail. */
+export const thumbnailOf = (id, shard) => `${addressOf(id)}/thumbnail${shard ? `?shard=${inAddress(shard)}` : ""}`;
 
 /** @param {string} address @param {number} side */
 function sized(address, side) {

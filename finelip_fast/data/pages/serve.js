@@ -4,7 +4,7 @@ import { countFilters, showFilters } from "./serve-filters.js";
 import { composeWhere, linkOf, readLink } from "./serve-link.js";
 import { nameOf, showResult } from "./serve-opened.js";
 import { keepPicture, keptPicture, pictureIn } from "./serve-picture.js";
-import { addressOf, asSentence, ask, keepKey, showThumbnail } from "./serve-server.js";
+import { addressOf, asSentence, ask, keepKey, showThumbnail, thumbnailOf } from "./serve-server.js";
 
 const PAGE = 48; // pictures asked for at once
 const at = (id) => document.getElementById(id);
@@ -18,6 +18,10 @@ let shown = { link: null, items: [], next: null };
 let asking = new AbortController();
 let opening = new AbortController();
 
+const NONE_SIMILAR = { similar: "", similarShard: "" };
+const NONE_OPEN = { open: "", openShard: "" };
+const opened = ({ id, shard }) => ({ open: id, openShard: shard ?? "" });
+
 const isQuery = () => Boolean(search.text || search.picture || search.similar);
 
 // --- The search
@@ -25,7 +29,7 @@ const isQuery = () => Boolean(search.text || search.picture || search.similar);
 /** Take the search from the form, make it the page's link, and run it. */
 function submit() {
   search.text = search.picture || search.similar ? "" : at("text").value.trim();
-  search.open = "";
+  Object.assign(search, NONE_OPEN);
   follow();
   showCount();
   return run();
@@ -80,13 +84,13 @@ function showExample(example) {
   } else {
     title.textContent = "Like this picture";
     detail.textContent = nameOf(search.similar);
-    showThumbnail(fresh, `${addressOf(search.similar)}/thumbnail`, 160, { eager: true });
+    showThumbnail(fresh, thumbnailOf(search.similar, search.similarShard), 160, { eager: true });
   }
 }
 
 /** Show the search's results from the start. */
 async function run() {
-  const link = linkOf({ ...search, open: "" });
+  const link = linkOf({ ...search, ...NONE_OPEN });
   asking.abort();
   asking = new AbortController();
   const { signal } = asking;
@@ -127,7 +131,7 @@ async function pageOf(offset, after, signal) {
   }
   const k = Math.min(PAGE, (info.limits.k ?? 1000) - offset);
   const query = search.picture ? { image: keptPicture(search.picture) }
-    : search.similar ? { item: search.similar } : { text: search.text };
+    : search.similar ? { item: search.similar, shard: search.similarShard || null } : { text: search.text };
   if (query.image === null) {
     throw new Error("This was a search by a picture that this tab no longer has. Drop, paste or choose it again.");
   }
@@ -177,11 +181,11 @@ const noPictures = () => (info.items ? "No picture passes the filter." : "There 
 function card(item) {
   const made = at("card").content.cloneNode(true).firstElementChild;
   const link = made.querySelector("a");
-  link.href = linkOf({ ...search, open: item.id });
+  link.href = linkOf({ ...search, ...opened(item) });
   link.addEventListener("click", (event) => {
     if (event.metaKey || event.ctrlKey || event.shiftKey) return;
     event.preventDefault();
-    open(item.id);
+    open(item);
   });
   made.querySelector(".name").textContent = nameOf(item.id, item.path);
   const verdict = made.querySelector(".verdict");
@@ -261,10 +265,10 @@ function countTokens() {
 
 // --- A result, opened
 
-/** @param {string} id */
-function open(id) {
+/** @param {object} item */
+function open(item) {
   const isOpen = at("opened").open;
-  search.open = id;
+  Object.assign(search, opened(item));
   history[isOpen ? "replaceState" : "pushState"]({ opened: true }, "", linkOf(search));
   return showOpened();
 }
@@ -272,7 +276,7 @@ function open(id) {
 function close() {
   if (!search.open) return;
   if (history.state?.opened) return void history.back();
-  search.open = "";
+  Object.assign(search, NONE_OPEN);
   history.replaceState({}, "", linkOf(search));
   showOpened();
 }
@@ -288,7 +292,7 @@ async function showOpened() {
     return;
   }
   const place = placeOpened();
-  const item = shown.items[place] ?? await itemOf(search.open, signal);
+  const item = shown.items[place] ?? await unlisted(signal);
   if (signal.aborted) return;
   if (!item) {
     say(new Error(`There is no picture ${nameOf(search.open)} here any more.`));
@@ -299,7 +303,7 @@ async function showOpened() {
   at("next").disabled = place < 0 || (place === shown.items.length - 1 && !shown.next);
   const isNew = !dialog.open;
   if (isNew) dialog.showModal();
-  const goal = { ...search, text: "", picture: "", similar: item.id, open: "" };
+  const goal = { ...search, text: "", picture: "", similar: item.id, similarShard: item.shard ?? "", ...NONE_OPEN };
   showResult(dialog.querySelector(".content"), item, {
     text: search.text, similar: linkOf(goal), writable: info.writable, signal,
     findSimilar: (event) => {
@@ -314,13 +318,14 @@ async function showOpened() {
   if (isNew) at("opened-name").focus();
 }
 
-const placeOpened = () => shown.items.findIndex(({ id }) => id === search.open);
+const isOpened = ({ id, shard }) => id === search.open && (!search.openShard || shard === search.openShard);
+const placeOpened = () => shown.items.findIndex(isOpened);
 
-/** @param {string} id @param {AbortSignal} signal @returns {Promise<object | undefined>} An item that is not among the results. */
-async function itemOf(id, signal) {
-  const values = new URLSearchParams({ where: `id = '${id.replaceAll("'", "''")}'`, limit: "1" });
+/** @param {AbortSignal} signal @returns {Promise<object | undefined>} The item that the link names, not among the results. */
+async function unlisted(signal) {
+  const values = new URLSearchParams({ where: `id = '${search.open.replaceAll("'", "''")}'` });
   const answer = await ask(`v1/items?${values}`, { signal }).catch(() => null);
-  return answer?.items[0];
+  return answer?.items.find(isOpened);
 }
 
 /** @param {number} by 1: to the next, -1: to the one before. */
@@ -330,7 +335,7 @@ async function step(by) {
   if (place + by === shown.items.length) await more();
   const item = shown.items[place + by];
   if (!item) return;
-  await open(item.id);
+  await open(item);
   if (document.activeElement === document.body || document.activeElement.disabled) at("opened-name").focus();
 }
 
@@ -431,7 +436,7 @@ at("home").addEventListener("click", (event) => {
   go(readLink(""));
 });
 at("example").querySelector("button").addEventListener("click", () => {
-  go({ ...search, picture: "", similar: "", open: "" });
+  go({ ...search, picture: "", ...NONE_SIMILAR, ...NONE_OPEN });
   at("text").focus();
 });
 at("warning").querySelector("button").addEventListener("click", () => {
@@ -443,7 +448,7 @@ at("warning").querySelector("button").addEventListener("click", () => {
 async function searchByPicture(file) {
   if (!file) return;
   const picture = await keepPicture(file);
-  await go({ ...search, text: "", similar: "", open: "", picture });
+  await go({ ...search, text: "", ...NONE_SIMILAR, ...NONE_OPEN, picture });
 }
 
 at("choose").addEventListener("click", () => at("chosen").click());
@@ -518,8 +523,8 @@ document.addEventListener("keydown", (event) => {
 });
 window.addEventListener("popstate", () => {
   const goal = readLink(location.search);
-  if (linkOf({ ...goal, open: "" }) === linkOf({ ...search, open: "" })) {
-    search.open = goal.open;
+  if (linkOf({ ...goal, ...NONE_OPEN }) === linkOf({ ...search, ...NONE_OPEN })) {
+    Object.assign(search, { open: goal.open, openShard: goal.openShard });
     return void showOpened();
   }
   search = goal;
