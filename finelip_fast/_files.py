@@ -1,4 +1,4 @@
-"""File helpers: reading regular files only, hashes, atomic writing, plain names; the cache folder, package versions."""
+"""File helpers: reading regular files only, hashes, atomic writing, plain names; the cache folder."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import re
 import shutil
 import stat
 import uuid
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from os import PathLike
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from finelip_fast.errors import FineLIPError, WriteError
 
 TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp")  # names of files that :func:`write_whole` has not finished
 _MAX_NAME = 255  # bytes, the limit of all common file systems
+SCARCE = 1 << 26  # bytes of free space below which a full disk may be the cause of an error
 _PIECE = 1 << 20  # bytes that are hashed at a time
 
 
@@ -38,15 +39,9 @@ def cache_folder() -> Path:
     return platformdirs.user_cache_path("finelip_fast", appauthor=False)
 
 
-def installed(*packages: str) -> dict[str, str]:
-    """Versions of those of the packages that are installed."""
-    from importlib import metadata  # slow for a command that only prints help
-
-    versions = {}
-    for name in packages:
-        with suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    return versions
+def expand_home(path: str | PathLike[str]) -> Path:
+    """Replace a leading ``~`` by the user's folder, as a shell does only at the start of a word; unknown users are kept."""
+    return Path(os.path.expanduser(path))  # Path.expanduser raises if there is no such user
 
 
 def kind_of(mode: int) -> str:
@@ -108,6 +103,25 @@ def open_without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
+@contextmanager
+def utf8_path(path: str | PathLike[str]) -> Iterator[Path]:
+    """Path of an existing file for libraries that take only UTF-8 ones, as safetensors does: Linux has one for an open file.
+
+    Raises:
+        OSError: The file cannot be opened.
+    """
+    try:
+        os.fsencode(path).decode()
+    except UnicodeDecodeError:
+        descriptor = open_without_waiting(os.fspath(path), os.O_RDONLY)
+        try:
+            yield Path(f"/proc/self/fd/{descriptor}")
+        finally:
+            os.close(descriptor)
+    else:
+        yield Path(path)
+
+
 def file_hash(path: str | PathLike[str]) -> str:
     """Return the SHA-256 of a file's content, in hexadecimal digits.
 
@@ -161,6 +175,35 @@ def write_whole(path: Path, write: Callable[[Path], object], *, mode: int = 0o66
         WriteError: The file cannot be written (the message says if space is lacking), or the path is not a file. An existing
             file stays unchanged.
     """
+    with _unfinished(path, write, mode, size) as temporary:
+        temporary.replace(path)
+        sync_folder(path.parent)
+
+
+def write_set(files: Sequence[tuple[Path, Callable[[Path], object], int]]) -> None:
+    """Write files of a folder that belong together, and wait until they are on the disk.
+
+    Whoever reads the last one finds the others as they were written with it: it is absent while they are replaced.
+
+    Args:
+        files: Path, function and number of bytes of each, as for :func:`write_whole`, in the order of writing.
+
+    Raises:
+        WriteError: Under the same conditions as for :func:`write_whole`. Existing files stay unchanged.
+    """
+    with ExitStack() as stack:
+        temporaries = [stack.enter_context(_unfinished(path, write, 0o666, size)) for path, write, size in files]
+        paths = [path for path, *_ in files]
+        paths[-1].unlink(missing_ok=True)
+        sync_folder(paths[-1].parent)
+        for temporary, path in zip(temporaries, paths, strict=True):
+            temporary.replace(path)
+        sync_folder(paths[-1].parent)
+
+
+@contextmanager
+def _unfinished(path: Path, write: Callable[[Path], object], mode: int, size: int) -> Iterator[Path]:
+    """Write a file's content under a temporary name, for a block that renames it."""
     # Unique, since several processes may write one file; short, since the file's own name may have the maximum length.
     temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
@@ -174,11 +217,12 @@ def write_whole(path: Path, write: Callable[[Path], object], *, mode: int = 0o66
             temporary.chmod(permissions)  # safetensors makes its files private, whatever the umask says
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
-            temporary.replace(path)
-            sync_folder(path.parent)
+            yield temporary
         finally:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
+    except WriteError:  # of another file of a set
+        raise
     except (OSError, RuntimeError, SafetensorError) as error:  # not all report a full disk by OSError
         raise write_error(path, error, size=size) from error
 
@@ -204,16 +248,25 @@ def write_error(path: str | PathLike[str], error: Exception, *, size: int = 0) -
         size: Number of bytes that were to be written; 0 if unknown.
     """
     reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-    folder = Path(path).absolute().parent
     with suppress(OSError):
-        while not folder.exists():
-            folder = folder.parent
-        free = shutil.disk_usage(folder).free
-        if not isinstance(error, OSError) or free < max(size, 1 << 26):
+        free, folder = free_space(path)
+        if not isinstance(error, OSError) or free < max(size, SCARCE):
             needed = f"{size / (1 << 20):.1f} MiB are needed, " if size else ""
             reason += f"; {needed}{free / (1 << 20):.1f} MiB are free at {folder}"
     number = error.errno if isinstance(error, OSError) else None
     return WriteError(number, f"cannot write {path}: {reason}")
+
+
+def free_space(path: str | PathLike[str]) -> tuple[int, Path]:
+    """Free space for a file, in bytes, and the folder that it was measured at.
+
+    Raises:
+        OSError: It cannot be measured.
+    """
+    folder = Path(path).absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free, folder
 
 
 def sync_folder(folder: Path) -> None:

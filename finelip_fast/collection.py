@@ -8,7 +8,7 @@ been changed or moved since; a picture that was only moved or touched is not emb
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ from finelip_fast.folders import walk_folder
 from finelip_fast.index import remedies
 from finelip_fast.index.catalogue import Item
 from finelip_fast.index.index import Index
-from finelip_fast.picture_files import FIELDS, HASH, STAMP, describe, read_sidecar, sidecar_names, stamp
+from finelip_fast.picture_files import FIELDS, HASH, STAMP, read_sidecar, sidecar_names, stamp
 from finelip_fast.picture_tables import read_rows
 
 T = TypeVar("T")
@@ -55,6 +55,7 @@ class Plan:
         relabelled: ``(new id, metadata)`` by current id, for pictures whose content is already in the index.
         moved: Number of relabelled pictures whose id changes.
         gone: Ids of items whose file no longer exists.
+        skipped: ``(path, reason)`` for pictures whose ids belong to other items.
         unchanged: Number of pictures that need no change.
     """
 
@@ -63,6 +64,7 @@ class Plan:
     relabelled: dict[str, tuple[str, dict[str, Any]]] = field(default_factory=dict)
     moved: int = 0
     gone: list[str] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
     unchanged: int = 0
 
 
@@ -86,6 +88,17 @@ def _below(path: Path, root: Path) -> str:
         return item_id(path, root)
 
 
+def is_path_of(item: str, image: Any, root: Path | None) -> bool:
+    """Whether an id is the path of a picture's file, as typed or, if there is a root, relative to it."""
+    if not isinstance(image, (str, os.PathLike)):
+        return False
+    return (
+        item == str(image)
+        if root is None
+        else item in (_below(Path(os.path.abspath(image)), root), item_id(image, root))
+    )
+
+
 def picture_path(item: str, metadata: Mapping[str, Any], root: Path | None) -> Path | None:
     """The file of an item; None if the item is not part of a collection."""
     return None if root is None or HASH not in metadata else Path(os.path.normpath(root / item))
@@ -94,7 +107,7 @@ def picture_path(item: str, metadata: Mapping[str, Any], root: Path | None) -> P
 def prepare_root(index: Index, folders: Sequence[str | os.PathLike[str]]) -> Path:
     """Return :func:`root_of` an index, which keeps it from now on.
 
-    Items that were added before, whose ids are paths as typed, get ids relative to the root, one per file.
+    Pictures that were added before, whose ids are paths as typed, get ids relative to the root, one per file.
 
     Raises:
         InputError: As raised by :func:`root_of`.
@@ -134,30 +147,77 @@ def _common_root(folders: Sequence[str | os.PathLike[str]]) -> Path:
 
 
 def _take_over(index: Index, root: Path) -> None:
+    pictures = {item.id: item.metadata for item in index.items(where=f"{HASH} is not null")}
+    names = {item: item_id(path, root) for item, metadata in pictures.items() if (path := _typed(item, metadata, root))}
+    present = index.present(list(names.values()))
+    while blocked := [item for item, name in names.items() if name in present and name not in names]:
+        for item in blocked:  # another item, such as a text, has the id that this one would get
+            del names[item]
     relabelled: dict[str, tuple[str, dict[str, Any]]] = {}
     repeated: list[str] = []
     new_ids: set[str] = set()
-    for item in index.items():
-        if os.path.isfile(item.id):
-            name = item_id(item.id, root)
-            if name in new_ids:
-                repeated.append(item.id)
-            elif name != item.id:
-                relabelled[item.id] = name, item.metadata
-            new_ids.add(name)
+    for item, metadata in pictures.items():
+        name = names.get(item)
+        if name is None:  # without a hash, it is not taken for a picture of the root that is gone
+            relabelled[item] = item, {field: value for field, value in metadata.items() if field != HASH}
+        elif name in new_ids:
+            repeated.append(item)
+        elif name != item:
+            relabelled[item] = name, metadata
+        new_ids.add(item if name is None else name)
     index.delete(repeated)
     relabel(index, relabelled)
 
 
+def _typed(item: str, metadata: Mapping[str, Any], root: Path) -> Path | None:
+    """The file of a picture that was added before there was a root, by a path that may be relative to any folder."""
+    if os.path.isfile(item):
+        return Path(item)
+    return path if _stamp(path := root / item) == tuple(metadata.get(name) for name in STAMP) else None
+
+
 def relabel(index: Index, changes: Mapping[str, tuple[str, dict[str, Any]]]) -> None:
     """Change ids and metadata of items in batches; items that another process has removed meanwhile are skipped."""
-    for batch in _batches(list(changes)):
-        present = index.present(batch)
-        ids = [item for item in batch if item in present]
-        if not ids:
-            continue
-        names, metadata = zip(*(changes[item] for item in ids), strict=True)
-        index.relabel(ids, names, metadata)
+    for batch in _batches(_freed_first(changes)):
+        change_existing(
+            index,
+            batch,
+            lambda ids: index.relabel(ids, [changes[item][0] for item in ids], [changes[item][1] for item in ids]),
+        )
+
+
+def change_existing(index: Index, ids: Sequence[str], change: Callable[[list[str]], object]) -> list[str]:
+    """Change those of the items that exist, even if another process removes some meanwhile; return their ids.
+
+    Args:
+        index: Index of the items.
+        ids: Ids of the items.
+        change: Function that is called with the ids that exist; it changes nothing if one of them does not.
+
+    Raises:
+        InputError, StoreError: Whatever ``change`` raises for items that exist.
+    """
+    while True:
+        present = index.present(ids)
+        existing = [item for item in ids if item in present]
+        try:
+            change(existing)
+            return existing
+        except InputError:
+            if index.present(existing) == present:
+                raise
+
+
+def _freed_first(changes: Mapping[str, tuple[str, dict[str, Any]]]) -> list[str]:
+    """Order items so that the holder of an id gives it up before another item takes it."""
+    ordered: dict[str, None] = {}
+    for item in changes:
+        chain: dict[str, None] = {}
+        while item in changes and item not in ordered and item not in chain:
+            chain[item] = None
+            item = changes[item][0]
+        ordered.update(dict.fromkeys(reversed(chain)))
+    return list(ordered)
 
 
 # Listings ------------------------------------------------------------------------------------------------------------
@@ -320,6 +380,8 @@ def plan(index: Index, listing: Listing, root: Path) -> Plan:
         before = stored.pop(item, None)
         if before is None:
             unknown.append(item)
+        elif before.hash is None:
+            result.skipped.append((str(path), _conflict(item, index.folder)))
         elif before[:2] != _stamp(path):
             differing[item] = before
         elif item in listing.fields:
@@ -328,26 +390,34 @@ def plan(index: Index, listing: Listing, root: Path) -> Plan:
             result.unchanged += 1
     vanished = {item: before for item, before in stored.items() if before.hash and _is_gone(root / item)}
     with ThreadPoolExecutor() as pool:
-        hashes = dict(zip(differing, pool.map(_hash, (listing.paths[item] for item in differing)), strict=True))
-        unaltered = [item for item, before in differing.items() if before.hash == hashes[item]]
+        examined = dict(zip(differing, pool.map(_read_stamp, (listing.paths[item] for item in differing)), strict=True))
+        unaltered = {item: (item, after) for item, after in examined.items() if after.hash == differing[item].hash}
         moved = _moved(unknown, vanished, listing, pool)
-        renamed = {**{item: item for item in unaltered}, **moved}
-        items = list(_metadata(index, list(renamed)))
-        described = pool.map(_described, (listing.paths[renamed[old]] for old, _ in items))
-        for (old, metadata), fields in zip(items, described, strict=True):
-            new = renamed[old]
-            result.relabelled[old] = new, {**_own_fields(metadata), **fields, **_fields(listing, new)}
+    renamed = {**unaltered, **moved}
+    for old, metadata in _metadata(index, list(renamed)):
+        new, current = renamed[old]
+        # The content is the same, and so is what the camera recorded, unless a table has given other values.
+        stamp_fields = dict(zip(STAMP, current, strict=False))
+        result.relabelled[old] = new, {**metadata, **stamp_fields, **fields_of(listing, new)}
     for item, metadata in _metadata(index, noted):
-        if (values := {**metadata, **_fields(listing, item)}) == metadata:
+        if (values := {**metadata, **fields_of(listing, item)}) == metadata:
             result.unchanged += 1
         else:
             result.relabelled[item] = item, values
-    for item, metadata in _metadata(index, sorted(differing.keys() - set(unaltered))):
-        result.changed[item] = {**_own_fields(metadata), **_fields(listing, item)}
-    arrived = set(moved.values())
-    result.new = {item: _fields(listing, item) for item in unknown if item not in arrived}
+    for item, metadata in _metadata(index, sorted(differing.keys() - unaltered.keys())):
+        result.changed[item] = {**_given_fields(metadata), **fields_of(listing, item)}
+    arrived = {new for new, _ in moved.values()}
+    result.new = {item: fields_of(listing, item) for item in unknown if item not in arrived}
     result.moved, result.gone = len(moved), [item for item in vanished if item not in moved]
     return result
+
+
+def _conflict(item: str, index: Path | None) -> str:
+    remedy = remedies.remove(index, "id = '{}'".format(item.replace("'", "''")))
+    return (
+        f"its id {item!r} belongs to an item that was not added as this file, and that stays; to index the file, remove the "
+        f"item and add the file again: {remedy}"
+    )
 
 
 class _Stamp(NamedTuple):
@@ -381,17 +451,20 @@ def filter_below(folder: Path, root: Path) -> str | None:
     return f"id >= '{prefix}/' and id < '{prefix}0'"  # "0" follows "/"
 
 
-def _moved(unknown: Sequence[str], vanished: Mapping[str, _Stamp], listing: Listing, pool: Executor) -> dict[str, str]:
-    """New ids of vanished items by old id, found by pictures with the same content."""
+def _moved(
+    unknown: Sequence[str], vanished: Mapping[str, _Stamp], listing: Listing, pool: Executor
+) -> dict[str, tuple[str, _Stamp]]:
+    """New ids and stamps of vanished items by old id, found by pictures with the same content."""
     sizes = {before.bytes for before in vanished.values()}
     candidates = [item for item in unknown if sizes and _stamp(listing.paths[item])[0] in sizes]
     homeless: dict[str | None, list[str]] = {}
     for item, before in vanished.items():
         homeless.setdefault(before.hash, []).append(item)
-    moved: dict[str, str] = {}
-    for item, content in zip(candidates, pool.map(_hash, (listing.paths[item] for item in candidates)), strict=True):
-        if homeless.get(content):
-            moved[homeless[content].pop(0)] = item
+    moved: dict[str, tuple[str, _Stamp]] = {}
+    stamps = pool.map(_read_stamp, (listing.paths[item] for item in candidates))
+    for item, current in zip(candidates, stamps, strict=True):
+        if homeless.get(current.hash):
+            moved[homeless[current.hash].pop(0)] = item, current
     return moved
 
 
@@ -401,35 +474,31 @@ def _metadata(index: Index, ids: Sequence[str]) -> Iterator[tuple[str, dict[str,
         yield from ((item, items[item].metadata) for item in batch if item in items)
 
 
-def _own_fields(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Metadata given with a picture, without that from its file."""
+def _given_fields(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Metadata given with a picture, without fields that its file may have."""
     return {name: value for name, value in metadata.items() if name not in FIELDS}
 
 
-def _fields(listing: Listing, item: str) -> dict[str, Any]:
+def fields_of(listing: Listing, item: str) -> dict[str, Any]:
     """Fields to add to a picture's metadata; size, time and hash always come from the file, or no change would be detected."""
     return {name: value for name, value in listing.fields.get(item, {}).items() if name not in (*STAMP, HASH)}
 
 
-def _stamp(path: Path) -> tuple[Any, ...]:
+def _stamp(path: Path) -> tuple[Any, Any]:
     try:
-        return tuple(stamp(path).values())
-    except OSError:
+        size, modified = stamp(path).values()
+        return size, modified
+    except (OSError, ValueError):
         return (None, None)
 
 
-def _hash(path: Path) -> str:
+def _read_stamp(path: Path) -> _Stamp:
+    """A file's size, time and hash; the time is read first, so that a file written meanwhile counts as changed later."""
+    current = _stamp(path)
     try:
-        return file_hash(path)
+        return _Stamp(*current, file_hash(path))
     except OSError:
-        return ""
-
-
-def _described(path: Path) -> dict[str, Any]:
-    try:
-        return describe(path)
-    except OSError:
-        return {}
+        return _Stamp(*current, "")
 
 
 def _is_gone(path: Path) -> bool:

@@ -77,8 +77,9 @@ def walk_folder(
 ) -> Iterator[tuple[Path, Kind]]:
     """Yield the files of a folder in the order of their paths, and the folders in it that are not entered.
 
-    Each entry is judged by its name alone. Hidden ones (``.name``) are skipped. A link to a folder elsewhere is followed, and
-    no folder is entered twice; the target of a link to a folder within this one is listed under its own path.
+    Each entry is judged by its name alone. Hidden ones (``.name``) are skipped. A link to a folder elsewhere, or to one that
+    is hidden or left out here, is followed, and no folder is entered twice; the target of any other link to a folder within
+    this one is listed under its own path.
 
     Args:
         folder: Folder to walk. The paths begin with it.
@@ -129,10 +130,9 @@ class _Walk:
             return
         for entry in entries:
             path = folder / entry.name
-            is_chosen = self._is_named(path, self._include)
-            if self._is_named(path, self._exclude) or (fnmatchcase(entry.name, _HIDDEN) and not is_chosen):
+            if self._is_skipped(path):
                 continue
-            if not is_chosen and self._is_named(path, LEFT_OUT):
+            if self._is_left_out(path):
                 yield path, "left out"
             elif _answer(entry.is_dir):
                 if self._recursive and not self._comes_anyway(entry):
@@ -142,16 +142,29 @@ class _Walk:
                 is_image = _answer(entry.is_file) and path.suffix.lower() in self._suffixes
                 yield path, "image" if is_image else "other"
 
+    def _is_skipped(self, path: Path) -> bool:
+        is_hidden = fnmatchcase(path.name, _HIDDEN) and not self._is_named(path, self._include)
+        return is_hidden or self._is_named(path, self._exclude)
+
+    def _is_left_out(self, path: Path) -> bool:
+        return self._is_named(path, LEFT_OUT) and not self._is_named(path, self._include)
+
     def _is_named(self, path: Path, patterns: Collection[str]) -> bool:
         texts = path.name.lower(), path.relative_to(self._folder).as_posix().lower()
-        return any(fnmatchcase(text, pattern.rstrip("/").lower()) for pattern in patterns for text in texts)
+        # A bracket is part of a name, not the start of a set of characters.
+        literal = [pattern.rstrip("/").lower().replace("[", "[[]") for pattern in patterns]
+        return any(fnmatchcase(text, pattern) for pattern in literal for text in texts)
 
     def _comes_anyway(self, entry: os.DirEntry[str]) -> bool:
-        """Return whether an entry is a link to a folder within this one, or to one that contains it."""
+        """Return whether an entry is a link to a folder that contains this one or is listed under its own path."""
         if not _answer(entry.is_symlink):
             return False
         target = Path(os.path.realpath(entry.path))
-        return target.is_relative_to(self._real) or self._real.is_relative_to(target)
+        if not target.is_relative_to(self._real):
+            return self._real.is_relative_to(target)
+        below = target.relative_to(self._real)
+        entries = [self._folder / step for step in (below, *below.parents) if step.name]
+        return not any(self._is_skipped(path) or self._is_left_out(path) for path in entries)
 
 
 def _answer(question: object) -> bool:

@@ -20,13 +20,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from finelip_fast._arguments import listed, one_of, whole_number
-from finelip_fast.collection import Listing, Plan, filter_below, item_id, plan, relabel
+from finelip_fast.collection import Listing, Plan, change_existing, filter_below, is_path_of, item_id, plan, relabel
 from finelip_fast.errors import ImageError, InputError
 from finelip_fast.index import remedies
 from finelip_fast.index.checks import as_json, check_ids, id_conflict, repeated
 from finelip_fast.index.index import Index
 from finelip_fast.index.store import Existing
-from finelip_fast.picture_files import HASH, describe
+from finelip_fast.picture_files import HASH, combine, describe
 from finelip_fast.preprocess import Preprocess
 from finelip_fast.reports import AddReport, FolderReport
 from finelip_fast.tokenizer import check_caption
@@ -101,15 +101,13 @@ class Ingest:
         chunks: Iterable[Chunk],
         preprocess: Preprocess,
         encode_image: Callable[[Tensor], Tensor],
-        *,
-        describes: bool = False,
     ) -> None:
         """Read, embed and add the pictures of :meth:`chunks`; those that cannot be read are reported.
 
+        A file whose path is its id is added with its own metadata (:func:`finelip_fast.picture_files.describe`), too.
+
         Args:
             chunks: Pictures with ids and metadata.
-            describes: Whether the pictures are files whose own metadata (:func:`finelip_fast.picture_files.describe`) is also
-                added.
             preprocess: Preprocessing that turns a picture into pixels.
             encode_image: Function from pixels ``[B, 3, S, S]`` on the CPU to embeddings ``[B, L, D]``.
 
@@ -117,17 +115,21 @@ class Ingest:
             InputError, StoreError: Whatever :meth:`finelip_fast.index.Index.add` raises.
         """
 
+        root = self._index.root
+
         def read(entry: tuple[str, Any, dict[str, Any]]) -> tuple[Tensor | ImageError, dict[str, Any]]:
-            _, image, metadata = entry
-            pixels, described = read_picture(preprocess, image, describes=describes)
-            return pixels, {**described, **metadata}
+            item, image, metadata = entry
+            pixels, described = read_picture(preprocess, image, describes=is_path_of(item, image, root))
+            return pixels, combine(described, metadata)
 
         with ThreadPoolExecutor() as pool:
             for chunk in read_ahead(chunks, read, pool):
                 readable = []
                 for (item, image, _), (pixels, metadata) in chunk:
                     if isinstance(pixels, ImageError):
-                        self._report.skipped.append((str(image) if describes else item, str(pixels)))
+                        self._report.skipped.append(
+                            (str(image) if is_path_of(item, image, root) else item, str(pixels))
+                        )
                     else:
                         readable.append((item, metadata, pixels))
                 if readable:
@@ -282,12 +284,10 @@ def follow(
     changes = plan(index, listing, root)
     if sync:
         refuse_emptied(index, listing, root, changes)
-    report = FolderReport(moved=changes.moved, skipped=listing.skipped)
+    report = FolderReport(moved=changes.moved, skipped=[*listing.skipped, *changes.skipped])
     relabel(index, changes.relabelled)
     if sync:
-        present = index.present(changes.gone)  # another process may follow the folder, too
-        index.delete([item for item in changes.gone if item in present])
-        report.removed = len(present)
+        report.removed = len(change_existing(index, changes.gone, index.delete))
     else:
         report.gone = len(changes.gone)
     fields = {**changes.changed, **changes.new}
@@ -297,7 +297,7 @@ def follow(
     paths = [listing.paths[item] for item in fields]
     chunks = ingest.chunks(paths, list(fields), list(fields.values()), progress=progress)
     with ingest:
-        ingest.add_images(chunks, preprocess, encode_image, describes=True)
+        ingest.add_images(chunks, preprocess, encode_image)
     report.separate_changed([str(listing.paths[item]) for item in changes.changed], index.folder)
     return report
 

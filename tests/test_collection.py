@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import pytest
 from PIL import Image
 
 import finelip_fast
-from finelip_fast import FolderReport, InputError, Retriever, ingest, picture_files
+from finelip_fast import FolderReport, InputError, Retriever, collection, ingest, picture_files
 from finelip_fast.cli import main
+from finelip_fast.index import Index, stored_index
 from finelip_fast.ingest import Ingest
 
 
@@ -213,6 +215,30 @@ def test_the_advice_on_an_emptied_folder_is_python_for_an_index_in_memory(checkp
         assert len(retriever) == 0
 
 
+def test_two_processes_may_follow_a_folder_at_the_same_time(
+    retriever: Retriever, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    retriever.add_folder(photos, progress=False)
+    present = Index.present
+    with closing(stored_index(retriever.index.folder)) as neighbour:
+
+        def late(index: Index, ids: Sequence[str]) -> set[str]:
+            """Another process removes two items just after they were found."""
+            existing = present(index, ids)
+            if index is retriever.index and (removed := existing & {"a.jpg", "2023/c.jpg"}):
+                neighbour.delete(list(removed))
+            return existing
+
+        (photos / "a.jpg").unlink()
+        (photos / "b.png").unlink()
+        for name in ("c", "d"):
+            (photos / "2023" / f"{name}.jpg").rename(photos / f"{name}.jpg")
+        monkeypatch.setattr(Index, "present", late)
+        assert retriever.add_folder(photos, sync=True, progress=False).removed == 1
+    assert sorted(retriever.index.ids) == ["2024/e.jpg", "2024/f.jpg", "d.jpg"]
+    assert counts(retriever.add_folder(photos, progress=False)) == {"added": 1}
+
+
 def test_patterns_are_checked_before_the_index_is_changed(retriever: Retriever, photos: Path) -> None:
     with pytest.raises(InputError, match=r"expected exclude to be a list, got the str '\*\.jpg'; pass \['\*\.jpg'\]"):
         retriever.add_folder(photos, exclude="*.jpg", progress=False)
@@ -269,6 +295,20 @@ def test_what_was_given_with_a_picture_survives_its_changes(
     assert metadata.metadata["title"] == "dog"
     assert metadata.metadata["bytes"] == (photos / "renamed.jpg").stat().st_size
     assert encoded == ["renamed.jpg"]
+
+
+def test_what_overrides_the_camera_survives_a_touch_and_a_move(retriever: Retriever, photos: Path) -> None:
+    table = photos.parent / "more.csv"
+    table.write_text("file,camera,latitude\na.jpg,Holga,50.5\n")
+    retriever.add_folder(photos, metadata=table, progress=False)
+    os.utime(photos / "a.jpg", (1e9, 1e9))
+    retriever.add_folder(photos, progress=False)
+    (photos / "a.jpg").rename(photos / "renamed.jpg")
+    assert counts(retriever.add_folder(photos, progress=False)) == {"moved": 1}
+    metadata = retriever.index.get(["renamed.jpg"])["renamed.jpg"].metadata
+    assert (metadata["camera"], metadata["latitude"], metadata["width"]) == ("Holga", 50.5, 40)
+    assert metadata["modified"].startswith("2001-09-09")
+    assert counts(retriever.add_folder(photos, progress=False)) == {}
 
 
 @pytest.mark.parametrize(
@@ -401,20 +441,93 @@ def test_an_index_of_paths_as_they_were_typed_is_taken_over(
     retriever.add_images(typed, metadata=[{"n": n} for n in range(4)], progress=False)
     retriever.add_texts(["a text"], ids=["photos"], progress=False)
     encoded.clear()
-    assert counts(retriever.add_folder("photos", progress=False)) == {"added": 3, "changed": 3}
+    draw(photos / "b.png", 10)
+    assert counts(retriever.add_folder("photos", progress=False)) == {"added": 3, "changed": 1}
     assert sorted(retriever.index.ids) == sorted([*ALL, "photos"])
-    assert sorted(encoded) == ALL, "nothing tells whether a file is still the one that was embedded"
+    assert sorted(encoded) == ["2023/d.jpg", "2024/e.jpg", "2024/f.jpg", "b.png"]
     assert retriever.index.get(["a.jpg"])["a.jpg"].metadata["n"] == 0
     assert retriever.index.get(["a.jpg"])["a.jpg"].metadata["width"] == 40
     assert best(retriever, photos / "2023" / "c.jpg") == "2023/c.jpg"
 
 
-def test_a_picture_takes_the_place_of_what_had_its_id(retriever: Retriever, photos: Path) -> None:
-    """An item without a hash, such as a text, used to be taken for the picture."""
-    retriever.add_texts(["a text"], ids=[str(photos / "a.jpg")], progress=False)
-    assert counts(retriever.add_folder(photos, progress=False)) == {"added": 5, "changed": 1}
-    assert best(retriever, photos / "a.jpg") == "a.jpg"
-    assert counts(retriever.add_folder(photos, progress=False)) == {}
+def test_paths_typed_in_several_folders_are_taken_over(
+    retriever: Retriever, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder, typed in ((photos, "a.jpg"), (photos.parent, "photos/a.jpg")):
+        monkeypatch.chdir(folder)
+        retriever.add_images([typed], progress=False)
+    retriever.add_folder("photos", progress=False)
+    assert sorted(retriever.index.ids) == ALL
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_a_typed_path_may_become_that_of_another_picture(
+    retriever: Retriever, photos: Path, monkeypatch: pytest.MonkeyPatch, backwards: bool
+) -> None:
+    monkeypatch.setattr(collection, "_AT_ONCE", 1)
+    typed = ["a.jpg", "2023/a.jpg", "2023/2023/a.jpg"]
+    folder = photos / "2023"
+    for number, name in enumerate(typed):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        draw(folder / name, number)
+    monkeypatch.chdir(folder)
+    retriever.add_images(typed[::-1] if backwards else typed, progress=False)
+    collection.prepare_root(retriever.index, [photos])
+    assert sorted(retriever.index.ids) == sorted(f"2023/{name}" for name in typed)
+    assert all(best(retriever, folder / name) == f"2023/{name}" for name in typed)
+
+
+@pytest.mark.parametrize("is_picture_known", [False, True])
+def test_a_text_whose_id_is_the_path_of_a_picture_stays(
+    retriever: Retriever, photos: Path, monkeypatch: pytest.MonkeyPatch, is_picture_known: bool
+) -> None:
+    monkeypatch.chdir(photos)
+    retriever.add_texts(["a caption"], ids=["a.jpg"], metadata=[{"kind": "note"}], progress=False)
+    if is_picture_known:
+        retriever.add_images(["../photos/a.jpg"], progress=False)
+    before = retriever.search("a caption", where="kind = 'note'")[0]
+    for _ in range(2):
+        report = retriever.add_folder(photos, sync=True, progress=False)
+        ((path, reason),) = report.skipped
+        assert path == str(photos / "a.jpg")
+        assert "its id 'a.jpg' belongs to an item that was not added as this file" in reason
+        assert retriever.search("a caption", where="kind = 'note'")[0] == before
+    assert sorted(retriever.index.ids) == sorted([*ALL, *["../photos/a.jpg"] * is_picture_known])
+    assert main(shlex.split(reason.partition("add the file again: finelip ")[2])) == 0
+    assert counts(retriever.add_folder(photos, progress=False)) == {"added": 1}
+    assert best(retriever, photos / "a.jpg") in ("a.jpg", "../photos/a.jpg")
+
+
+def test_a_picture_added_by_its_path_elsewhere_is_not_taken_for_a_missing_one(
+    retriever: Retriever, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    draw(tmp_path / "elsewhere" / "z.jpg", 20)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    retriever.add_images(["z.jpg"], progress=False)
+    monkeypatch.chdir(tmp_path)
+    assert counts(retriever.add_folder(photos, sync=True, progress=False)) == {"added": 6}
+    assert best(retriever, tmp_path / "elsewhere" / "z.jpg") == "z.jpg"
+
+
+def test_a_picture_added_by_its_path_knows_its_file(
+    retriever: Retriever, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    retriever.add_folder(photos, progress=False)
+    draw(photos / "new.jpg", 20)
+    draw(photos / "other.jpg", 21)
+    monkeypatch.chdir(photos)
+    retriever.add_images(["new.jpg"], metadata=[{"bytes": 1, "n": 2}], progress=False)
+    retriever.add_images(["other.jpg"], ids=["mine"], progress=False)
+    hit = retriever.search(image="new.jpg", k=1)[0]
+    assert (hit.path, hit.metadata["n"]) == (str(photos / "new.jpg"), 2)
+    assert hit.metadata["bytes"] == (photos / "new.jpg").stat().st_size
+    assert retriever.search(image="other.jpg", k=1)[0].path is None
+    retriever.add_images([hit.path], ids=[hit.id], existing="replace", progress=False)
+    assert retriever.search(image="new.jpg", k=1)[0].path == hit.path
+    (photos / "new.jpg").unlink()
+    assert counts(retriever.add_folder(photos, sync=True, progress=False)) == {"added": 1, "removed": 1}
+    assert "mine" in retriever.index
 
 
 def test_a_json_file_belongs_to_every_picture_of_its_name(retriever: Retriever, photos: Path) -> None:
@@ -423,6 +536,20 @@ def test_a_json_file_belongs_to_every_picture_of_its_name(retriever: Retriever, 
     report = retriever.add_folder(photos, progress=False)
     assert report.skipped == []
     assert {hit.id for hit in retriever.search("x", where="place = 'Lima'")} == {"a.jpg", "a.png"}
+
+
+def test_a_folder_added_as_pictures_has_the_fields_of_json_files_too(retriever: Retriever, photos: Path) -> None:
+    (photos / "a.json").write_text('{"place": "Lima", "title": "A", "sha256": "x"}')
+    titles = [{"title": name} for name in ALL]
+    with pytest.raises(InputError, match="expected as many metadata as images, got 5 for 6"):
+        retriever.add_images(photos, metadata=titles[1:], progress=False)
+    with pytest.raises(InputError, match="expected metadata to be a dict of JSON values, got None"):
+        retriever.add_images(photos, metadata=[None] * 6, progress=False)  # type: ignore[list-item]
+    assert retriever.add_images(photos, metadata=titles, progress=False).skipped == []
+    fields = retriever.index.get(["a.jpg"])["a.jpg"].metadata
+    assert (fields["place"], fields["title"], len(fields["sha256"])) == ("Lima", "a.jpg", 64)
+    retriever.add_images(photos, existing="replace", progress=False)
+    assert retriever.index.get(["a.jpg"])["a.jpg"].metadata["title"] == "A"
 
 
 def test_a_line_ends_only_at_its_end(retriever: Retriever, photos: Path) -> None:

@@ -15,7 +15,6 @@ import pytest
 from finelip_fast._files import (
     cache_folder,
     file_hash,
-    installed,
     plain_name,
     read_bytes,
     remove_unfinished,
@@ -171,7 +170,3 @@ def test_a_user_without_a_home_has_no_cache(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(Path, "home", homeless)
     with pytest.raises(NotADirectoryError):
         cache_folder().mkdir(parents=True)
-
-
-def test_only_installed_packages_have_versions() -> None:
-    assert list(installed("finelip-fast", "no-such-package-here", "torch")) == ["finelip-fast", "torch"]

@@ -146,6 +146,27 @@ def test_links_to_folders_elsewhere_are_followed_once(tmp_path: Path) -> None:
     assert images == ["disk/b.png", "disk/deep/c.png", "own/a.png"]
 
 
+def test_links_to_folders_that_are_not_listed_themselves_are_followed(tmp_path: Path) -> None:
+    for name in (".versions/3/a.png", "2019/scans/b.png", "@eaDir/previews/c.png", "2020/d.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    for name, target in (
+        ("now", ".versions/3"),
+        ("best", "2019/scans"),
+        ("small", "@eaDir/previews"),
+        ("last", "2020"),
+    ):
+        (tmp_path / name).symlink_to(target)
+
+    def images(**patterns: list[str]) -> list[str]:
+        walked = walk_folder(tmp_path, **patterns)
+        return [path.relative_to(tmp_path).as_posix() for path, kind in walked if kind == "image"]
+
+    assert images(exclude=["2019"]) == ["2020/d.png", "best/b.png", "now/a.png", "small/c.png"]
+    assert images(include=[".versions"]) == [".versions/3/a.png", "2019/scans/b.png", "2020/d.png", "small/c.png"]
+    assert images(exclude=["2019", "best"]) == ["2020/d.png", "now/a.png", "small/c.png"]
+
+
 def test_what_other_programs_leave_is_left_out_unless_asked_for(tmp_path: Path) -> None:
     pictures = ["2023/a.jpg", "@eaDirectory/b.jpg"]
     previews = ["@eaDir/a.jpg", "#recycle/a.jpg", "2023/$Recycle.Bin/a.jpg", "Catalog Previews.lrdata/1/a.jpg"]
@@ -165,3 +186,11 @@ def test_what_other_programs_leave_is_left_out_unless_asked_for(tmp_path: Path) 
     assert images(exclude=["2023/"]) == {"@eaDirectory/b.jpg"}
     assert images(exclude=["2023/a.*"]) == {"@eaDirectory/b.jpg"}
     assert images(exclude=["*.JPG"]) == set()
+
+
+def test_a_bracket_in_a_pattern_is_part_of_the_name(tmp_path: Path) -> None:
+    for name in ("scan [1].png", "scan 1.png", "Catalog [2].lrdata/a.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    walked = walk_folder(tmp_path, exclude=["scan [1].png"], include=["Catalog [2].lrdata"])
+    assert [path.name for path, _ in walked] == ["a.png", "scan 1.png"]

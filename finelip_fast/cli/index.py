@@ -163,7 +163,7 @@ class _Maintenance:
         if self.bytes_freed > 0:
             text += f", {self.bytes_freed:,} bytes freed"
         if self.unreferenced_segments:
-            remedy = "finelip index repair recovers their items"
+            remedy = "finelip index repair recovers what only they hold, and removes them"
             text += f"\nsegments that are not in the catalogue: {self.unreferenced_segments:,}; {remedy}"
         return text
 
@@ -393,7 +393,7 @@ def _bulk(folder: str, index: str, checkpoint: str | None, **options: Any) -> An
     from finelip_fast.distributed import index_images
     from finelip_fast.known_checkpoints import checkpoint_of
 
-    checkpoint = checkpoint or checkpoint_of(index) or None
+    checkpoint = checkpoint or checkpoint_of(index)
     return index_images(folder, index, checkpoint=checkpoint, progress=shows_progress(), **options)
 
 

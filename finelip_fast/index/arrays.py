@@ -16,9 +16,10 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from io import FileIO
 from math import prod
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-from finelip_fast._files import TEMPORARY, kind_of, write_whole
+from finelip_fast._files import TEMPORARY, kind_of, utf8_path, write_whole
 from finelip_fast._json import parse_json
 from finelip_fast.errors import StoreError
 
@@ -202,8 +203,9 @@ def map_arrays(path: Path, contents: Contents) -> dict[str, Tensor]:
         FileNotFoundError: It is gone.
     """
     try:
-        content = torch.from_file(os.fspath(path), shared=False, size=contents.size, dtype=torch.uint8)
-    except (RuntimeError, UnicodeError) as error:  # the latter for a name that is not text
+        with utf8_path(path) as readable:
+            content = torch.from_file(os.fspath(readable), shared=False, size=contents.size, dtype=torch.uint8)
+    except RuntimeError as error:
         path.stat()
         raise UnavailableError(f"{path} cannot be mapped to memory: {error!s:.300}") from None
     return {
@@ -245,21 +247,26 @@ def write_locked(path: Path, parts: Iterable[bytes | memoryview]) -> None:
 
         def write(temporary: Path) -> None:
             file = resources.enter_context(locked(temporary))
-            file.writelines(parts)
-            file.flush()
+            for part in parts:
+                rest = memoryview(part)
+                while rest:
+                    rest = rest[file.write(rest) :]
 
         write_whole(path, write)
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[IO[bytes]]:
+def locked(path: Path) -> Iterator[FileIO]:
     """Open a file for writing and lock it; create it again if it was removed as abandoned before it was locked.
+
+    It has no buffer: after an error on a full disk, closing it would write the rest of one and raise again. Like
+    :func:`os.write`, its ``write`` may write fewer bytes than it is given.
 
     Raises:
         OSError: The file cannot be created.
     """
     while True:
-        with path.open("ab") as file:
+        with path.open("ab", buffering=0) as file:
             with suppress(OSError):  # a file system without locks, where nothing is considered abandoned either
                 if fcntl is not None:
                     fcntl.flock(file, fcntl.LOCK_EX)

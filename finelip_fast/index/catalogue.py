@@ -23,6 +23,7 @@ import numpy as np
 from finelip_fast.errors import StoreError
 from finelip_fast.index import schema
 from finelip_fast.index.database import Connection, Database
+from finelip_fast.index.filters import field_expression
 from finelip_fast.index.lists import write_list
 from finelip_fast.index.reader import (
     ITEM,
@@ -38,7 +39,7 @@ from finelip_fast.index.reader import (
     spec_differences,
     to_text,
 )
-from finelip_fast.index.schema import FORMAT, field_index, seal, seal_item
+from finelip_fast.index.schema import FORMAT, seal, seal_item
 
 __all__ = ["Catalogue", "Item", "Layout", "SegmentRow", "read_spec"]
 
@@ -75,7 +76,7 @@ class Catalogue(CatalogueReader):
 
     def __init__(self, path: Path | None, spec: dict[str, Any], *, source: str, lists: Path | None = None) -> None:
         super().__init__(path, Database(path, schema.prepare))
-        self._lists = lists
+        self.lists = lists
         self._wanted = {"format": FORMAT, **spec}
         try:
             self._open(source)
@@ -181,10 +182,10 @@ class Catalogue(CatalogueReader):
             )
 
     def _write_list(self, segment: str, rows: Iterable[tuple[str, int | None, str]]) -> None:
-        if self._lists is not None:
+        if self.lists is not None:
             stored = self._stored()
             spec = {key: stored[key] for key in (*self._wanted, "source", "version") if key != "format"}
-            write_list(self._lists, segment, spec, rows)
+            write_list(self.lists, segment, spec, rows)
 
     def _put_segment(self, connection: Connection, first: int, name: str, rows: int) -> None:
         version = self.version
@@ -256,12 +257,12 @@ class Catalogue(CatalogueReader):
         """Speed up filters that compare a field, from now on and for every later opening.
 
         Raises:
-            InputError: ``field`` is not the name of a field, see :mod:`finelip_fast.index.filters`.
+            InputError: ``field`` is not the name of a field, see :mod:`finelip_fast.index.filters`, or too many are sped up.
             StoreError: Writing fails.
         """
-        statement = field_index(field)
+        expression = field_expression(field)
         with self._changed() as connection:
-            connection.run(statement, seconds=math.inf)
+            schema.add_field(connection, expression)
 
     def copy(self, path: Path, before: Callable[[], object] = lambda: None) -> None:
         """Call ``before``, then write the catalogue as it is to a new file, with no writer in between.

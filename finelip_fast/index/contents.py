@@ -44,7 +44,12 @@ class Contents:
 
     @property
     def damaged(self) -> dict[str, str]:
-        """Reasons why segments cannot be read, by segment name; empty without ``skip_damaged``."""
+        """Reasons why segments cannot be read, by segment name; empty without ``skip_damaged``.
+
+        Raises:
+            StoreError: The index is closed.
+        """
+        self._store.refuse_if_closed()
         return self._store.damaged
 
     @property
@@ -61,7 +66,7 @@ class Contents:
         return self._store.catalogue.count(self.version)
 
     def __contains__(self, item: object) -> bool:
-        return isinstance(item, str) and bool(self._store.catalogue.find([item]))
+        return isinstance(item, str) and bool(self._store.catalogue.find([item], self._store.fixed))
 
     def items(self, *, where: str | None = None) -> Iterator[Item]:
         """Yield the catalogue entry of each item, in order of insertion; entries are read as needed.
@@ -155,8 +160,12 @@ class Contents:
         """Embeddings ``[N, L, D]`` of all items, in order of insertion, copied into memory.
 
         They are float16, or float32 if the index stores int8.
+
+        Raises:
+            StoreError: The index is closed, or cannot be read.
         """
         view = self._store.view()
+        view.refuse_shortened()
         empty = torch.empty(0, self.spec.tokens, self.spec.width, dtype=torch.float16)
         pieces = [segment.embeddings(slice(None)) for segment in view.segments]
         rows = torch.cat(pieces or [empty])
@@ -175,7 +184,7 @@ class Contents:
             items = self._store.catalogue.living(ids, view.version)
             if items is None:
                 continue  # compacted meanwhile
-            rows = view.rows_at(sorted(items))  # leaves out items newer than the view
+            rows = view.rows_at(sorted(items))  # leaves out items that skip_damaged leaves out
             if not len(rows):
                 return {}
             positions = view.positions(rows).tolist()
@@ -197,7 +206,7 @@ class Contents:
             InputError: An id is not a string.
             StoreError: The index is closed, or cannot be read.
         """
-        return set(self._store.catalogue.find(strings("ids", ids)))
+        return set(self._store.catalogue.find(strings("ids", ids), self._store.fixed))
 
     def get(self, ids: Sequence[str]) -> dict[str, Item]:
         """Catalogue entries of the given ids that are in the index, by id.
@@ -206,12 +215,11 @@ class Contents:
             InputError: An id is not a string.
             StoreError: The index is closed, or cannot be read.
         """
-        catalogue, ids = self._store.catalogue, strings("ids", ids)
+        ids = strings("ids", ids)
         while True:
-            positions = catalogue.find(ids)
-            items = catalogue.at(positions.values(), catalogue.version)
-            if items is not None and items.keys() >= set(positions.values()):
-                return {item.id: item for item in items.values() if item.id in positions}
+            items = self._store.catalogue.living(ids, self.version)
+            if items is not None:  # not compacted meanwhile
+                return {item.id: item for item in items.values()}
 
     @property
     def root(self) -> Path | None:

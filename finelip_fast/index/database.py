@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from finelip_fast._files import kind_of
+from finelip_fast._files import SCARCE, free_space, kind_of
 from finelip_fast.errors import StoreError
 from finelip_fast.index import remedies
 from finelip_fast.index.forks import between_forks, inherited, survive_forks
@@ -195,14 +195,14 @@ class Database:
             return
         with between_forks(), self._writing, self._errors(f"the index at {self.folder} cannot be written"):
             if self.path is not None:
-                self.check_place()
+                self.check_place(writing=True)
                 self._writer = self._writer or self._open_writer()
             writer = self._writer
             assert writer is not None
             self._begin(writer)
             self._current.connection = writer
             try:
-                self.check_place()
+                self.check_place(writing=True)
                 yield writer
                 writer.run("COMMIT", seconds=math.inf)
             except BaseException:
@@ -211,7 +211,7 @@ class Database:
                 raise
             finally:
                 self._current.connection = before
-            self.check_place()
+            self.check_place(writing=True)
 
     def _begin(self, writer: Connection) -> None:
         patience = time.monotonic() + _PATIENCE
@@ -223,15 +223,15 @@ class Database:
                 if "locked" not in str(error) or time.monotonic() > patience:
                     raise
 
-    def check_place(self) -> None:
+    def check_place(self, *, writing: bool = False) -> None:
         """
         Raises:
             StoreError: The file is no longer where it was opened.
         """
         if self._identity is not None and _identity(self.path) != self._identity:
+            loss = ", and this change was not saved" if writing else ""
             raise StoreError(
-                f"the index at {self.folder} was removed, moved or replaced since it was opened, and this change was "
-                "not saved; open its folder again"
+                f"the index at {self.folder} was removed, moved or replaced since it was opened{loss}; open its folder again"
             )
 
     def forget_readers(self) -> None:
@@ -398,6 +398,8 @@ class Database:
             return StoreError(
                 f"another process is writing to the index at {self.folder}; wait until it is done, and try again"
             )
+        if self.path is not None:
+            reason += _lack_of_space(self.path, reason)
         if "unable to open" in reason and self.path is not None:
             reason += _hindrance(self.path)
         if any(word in reason for word in ("malformed", "not a database", "corrupt", "out of order")):
@@ -445,8 +447,18 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _is_writable(folder: Path) -> bool:
-    return os.access(folder, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
+def _is_writable(path: Path) -> bool:
+    return os.access(path, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
+
+
+def _lack_of_space(path: Path, reason: str) -> str:
+    """The free space, if a full disk may be the cause: SQLite then calls a file readonly whose log it cannot create."""
+    is_full = "is full" in reason or ("readonly" in reason and _is_writable(path) and _is_writable(path.parent))
+    with suppress(OSError):
+        free, folder = free_space(path)
+        if is_full or ("disk I/O" in reason and free < SCARCE):
+            return f"; the disk may be full: {free / (1 << 20):.1f} MiB are free at {folder}"
+    return ""
 
 
 def _hindrance(path: Path) -> str:

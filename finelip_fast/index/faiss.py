@@ -94,20 +94,24 @@ def build(view: View, folder: Path, *, lists: int | None = None, progress: bool 
     Args:
         view: View whose rows are all included, even those that are no longer items.
         folder: Target folder.
-        lists: Number of lists; None: four times the square root of the number of rows.
+        lists: Number of lists; None: four times the square root of the number of rows, at most that number.
         progress: Whether to show a progress bar.
 
     Raises:
         EngineError: faiss is not installed.
-        InputError: There are too few items for that many lists.
-        StoreError: Writing fails.
+        InputError: There are too few items for that many lists, or none.
+        StoreError: A segment cannot be read, or writing fails.
     """
     faiss = _faiss()
-    lists = max(1, _LISTS_PER_ROOT * math.isqrt(view.rows)) if lists is None else whole_number("lists", lists)
+    if not view.rows:
+        raise InputError("expected an index with items to build lists of, got an empty one; add items first")
+    default = min(view.rows, _LISTS_PER_ROOT * math.isqrt(view.rows))
+    lists = default if lists is None else whole_number("lists", lists)
     if view.rows < lists:
         raise InputError(
             f"expected at least as many items as lists, got {view.rows} for {lists}; use fewer lists, or search without them"
         )
+    view.refuse_shortened()
     width = view.globals[0][0].shape[1]
     file = faiss.index_factory(width, f"IVF{lists},SQ8", faiss.METRIC_INNER_PRODUCT)
     sample = torch.randperm(view.rows, generator=torch.Generator().manual_seed(0))[: _TRAINED_PER_LIST * lists]
@@ -121,6 +125,17 @@ def build(view: View, folder: Path, *, lists: int | None = None, progress: bool 
         write_arrays(folder / FILE, arrays, notes)
     except WriteError as error:
         raise StoreError(str(error)) from error
+
+
+def state(folder: Path | None) -> tuple[int, ...] | None:
+    """A value that changes when the file is built again, here or by another process; None: there is no file."""
+    if folder is None:
+        return None
+    try:
+        status = (folder / FILE).stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def find(view: View, folder: Path | None) -> FaissSource | None:

@@ -167,7 +167,7 @@ class Index(Contents):
 
         Raises:
             InputError: The index is in memory.
-            StoreError: The folder cannot be created.
+            StoreError: The index is closed, or the folder cannot be created.
         """
         return self._store.incoming
 
@@ -179,7 +179,8 @@ class Index(Contents):
             existing: Treatment of ids that exist: an ``"error"``, or ``"replace"`` the item.
 
         Raises:
-            InputError: An id exists already or occurs twice, or JSON cannot hold the metadata.
+            InputError: An id exists already or occurs twice, JSON cannot hold the metadata, or a segment lacks checksums or
+                metadata.
             StoreError: A segment is missing or is not what its worker says, or writing fails; nothing was added.
         """
         self._store.adopt(segments, existing=existing)
@@ -205,7 +206,8 @@ class Index(Contents):
             alpha: Weight of the global cosine; None: the spec's.
             mode: Search mode, see :mod:`finelip_fast.index.search`.
             where: Filter on the metadata, see :mod:`finelip_fast.index.filters`; None: all items.
-            candidates: Number of candidates for two-stage search; None: as tuned.
+            candidates: Number of candidates for two-stage search; None: as tuned for such searches, or else 16 for each of
+                the ``k`` hits, at least 256.
 
         Raises:
             InputError: ``k`` or ``candidates`` is not a positive integer, ``alpha`` is not a number in [0, 1], the queries
@@ -221,7 +223,7 @@ class Index(Contents):
         Raises:
             EngineError: faiss is not installed.
             InputError: The index is in memory, or has too few items.
-            StoreError: The index is closed, or writing fails.
+            StoreError: The index is closed or open at an older version, cannot be read, or writing fails.
         """
         self._searcher.build_candidates(lists=lists, progress=progress)
 
@@ -262,7 +264,7 @@ class Index(Contents):
         """Speed up filters that compare a metadata field.
 
         Raises:
-            InputError: ``field`` is not the name of a field, see :mod:`finelip_fast.index.filters`.
+            InputError: ``field`` is not the name of a field, see :mod:`finelip_fast.index.filters`, or 1000 are sped up.
             StoreError: The index is closed, or writing fails.
         """
         self._store.catalogue.speed_up(field)
@@ -298,8 +300,8 @@ class Index(Contents):
         self._searcher.sketch_changes()
 
     def lost(self) -> dict[str, int]:
-        """Number of items in each segment that nothing names, by segment name; :meth:`repair` recovers them."""
-        return {name: len(listed.ids) for name, listed in recovery.lost(self._store).items()}
+        """Number of lost items in each segment that nothing names, by segment name; :meth:`repair` recovers them."""
+        return recovery.lost(self._store)
 
     def snapshot(self, folder: str | PathLike[str]) -> None:
         """Copy the index to another folder; see :func:`finelip_fast.index.upkeep.snapshot`."""

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from finelip_fast._arguments import one_of, whole_number
+from finelip_fast._quantities import readable_duration, readable_size
 from finelip_fast.index.catalogue import Layout, SegmentRow
 from finelip_fast.index.search import best_rows
 from finelip_fast.index.segments import DTYPES, Segment, encode
@@ -82,22 +83,22 @@ class Plan:
         return vars(self)
 
     def __str__(self) -> str:
-        encode = "not measured" if self.encode_seconds is None else _duration(self.encode_seconds)
+        encode = "not measured" if self.encode_seconds is None else readable_duration(self.encode_seconds)
         lines = [
             f"{self.items:,} items",
-            f"  on disk: {_size(self.disk)}",
+            f"  on disk: {readable_size(self.disk)}",
             f"  encoding on this machine: {encode}",
             "  a query, and what it goes through (in memory, or on a GPU):",
         ]
         for mode, seconds in self.search_seconds.items():
             if mode in self.memory:
-                lines.append(f"    {mode}: {_duration(seconds)}, {_size(self.memory[mode])}")
+                lines.append(f"    {mode}: {readable_duration(seconds)}, {readable_size(self.memory[mode])}")
             else:
-                lines.append(f"      {mode}: {_duration(seconds)}")
+                lines.append(f"      {mode}: {readable_duration(seconds)}")
         if self.int8_copies:
-            lines.append(f"  exact-int8 keeps copies on disk: {_size(self.int8_copies)} more")
+            lines.append(f"  exact-int8 keeps copies on disk: {readable_size(self.int8_copies)} more")
         if self.sketches:
-            lines.append(f"  sketch keeps sketches on disk: {_size(self.sketches)} more")
+            lines.append(f"  sketch keeps sketches on disk: {readable_size(self.sketches)} more")
         return "\n".join([*lines, f"  choose {self.mode}: {self.reason}"])
 
 
@@ -162,7 +163,7 @@ def plan(
     seconds |= {"two-stage": sum(stages.values()), **stages}
     fastest = min(("exact-int8", "exact"), key=lambda mode: seconds[mode])
     if seconds[fastest] <= _UNNOTICED:
-        mode, reason = fastest, f"scoring every item takes at most {_duration(_UNNOTICED)}"
+        mode, reason = fastest, f"scoring every item takes at most {readable_duration(_UNNOTICED)}"
     else:
         mode = "two-stage"
         reason = (
@@ -246,18 +247,3 @@ def _median(run: Callable[[], Any]) -> float:
         run()
         times.append(time.perf_counter() - start)
     return statistics.median(times)
-
-
-def _size(size: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB", "TB", "PB"):
-        if size < 1000 or unit == "PB":
-            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.3g} {unit}"
-        size /= 1000
-    raise AssertionError
-
-
-def _duration(seconds: float) -> str:
-    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.3g} {unit}"
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"

@@ -14,7 +14,7 @@ import math
 import sqlite3
 import struct
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,6 +62,11 @@ class Layout(NamedTuple):
     version: int
     segments: list[SegmentRow]
     dead: list[int]
+
+    @property
+    def end(self) -> int:
+        """Position after the last item."""
+        return self.segments[-1].first + self.segments[-1].rows if self.segments else 0
 
 
 class CatalogueReader:
@@ -124,6 +129,11 @@ class CatalogueReader:
         if len(dead) and not (dead[0, 0] >= 0 and dead[-1, 0] < end and (dead[:, 1] <= newest).all()):
             raise self._damaged("it deletes items that were never added")
         return Layout(version, [row for row, born in segments if born <= version], deleted.tolist())
+
+    def segment_names(self) -> set[str]:
+        """Names of all segments of all versions."""
+        with self._database.reading() as connection:
+            return {row.name for row, _ in self._segments(connection, self.version)}
 
     def _segments(self, connection: Connection, newest: int) -> list[tuple[SegmentRow, int]]:
         """All segments, in order, each with the version that added it."""
@@ -245,24 +255,34 @@ class CatalogueReader:
                         raise self._damaged(f"the item at position {row[0]} is marked both deleted and present")
         return items
 
-    def find(self, ids: Iterable[str]) -> dict[str, int]:
-        """Positions of the given ids that exist now."""
+    def find(self, ids: Iterable[str], version: int | None = None) -> dict[str, int]:
+        """Positions of the given ids that a version has (None: the newest).
+
+        Raises:
+            StoreError: The version no longer exists, or does not exist yet.
+        """
         present: dict[str, int] = {}
         with self._database.reading() as connection:
-            for batch in batches(ids):
+            conditions, end = ["died IS NULL"], MOST
+            if version is not None and version != self.version:
+                # A second query, since each has its own index.
+                conditions.append(f"died > {version:d}")
+                end = self.layout(version).end
+            for batch, condition in product(batches(ids), conditions):
                 marks = ", ".join(["CAST(? AS TEXT)"] * len(batch))
                 rows = connection.run(
-                    f"SELECT {ITEM} FROM item WHERE died IS NULL AND id IN ({marks})", *map(to_text, batch)
+                    f"SELECT {ITEM} FROM item WHERE {condition} AND id IN ({marks})", *map(to_text, batch)
                 )
                 for row in rows:
                     item = self._item(row, connection.sealed)
-                    present[item.id] = item.position
+                    if item.position < end:
+                        present[item.id] = item.position
         return present
 
     def living(self, ids: Iterable[str], version: int) -> dict[int, Item] | None:
-        """Items of the given ids that exist now, by position; None: the version no longer exists."""
+        """Items of the given ids in a version, by position; None: the version no longer exists."""
         with self._database.reading():
-            return None if self.oldest > version else self.at(self.find(ids).values(), version)
+            return None if self.oldest > version else self.at(self.find(ids, version).values(), version)
 
     def page(
         self, where: str | None, limit: int, after: Cursor | None, version: int | None
@@ -282,10 +302,7 @@ class CatalogueReader:
         """
         condition, values = ("1", []) if where is None else compile_filter(where)
         with self._database.reading() as connection:
-            end = MOST
-            if version is not None:
-                segments = self.layout(version).segments
-                end = segments[-1].first + segments[-1].rows if segments else 0
+            end = MOST if version is None else self.layout(version).end
             start = -1 if after is None else self._position_of(after)
             try:
                 rows = connection.run(
@@ -326,8 +343,7 @@ class CatalogueReader:
                 )
             except sqlite3.Error as error:
                 raise self._database.failure(error, f"the filter {where!r:.80} cannot be evaluated") from None
-            layout = self.layout(version) if self.oldest <= version else None
-        end = layout.segments[-1].first + layout.segments[-1].rows if layout and layout.segments else 0
+            end = self.layout(version).end if self.oldest <= version else 0
         return sorted(position for (position,) in rows if position < end)
 
     def refuse_damaged(self) -> None:

@@ -8,6 +8,7 @@ upkeep come back with them, because only the catalogue recorded the deletions.
 from __future__ import annotations
 
 import os
+import warnings
 from contextlib import suppress
 from os import PathLike
 from pathlib import Path
@@ -16,38 +17,38 @@ import torch
 
 from finelip_fast._arguments import folder_path
 from finelip_fast._files import sync_folder, write_whole
-from finelip_fast.errors import FineLIPError, StoreError
-from finelip_fast.index import upkeep
+from finelip_fast.errors import StoreError
+from finelip_fast.index import remedies, upkeep
 from finelip_fast.index.catalogue import Catalogue, SegmentRow, read_spec
 from finelip_fast.index.lists import Listed, read_list
-from finelip_fast.index.segments import joined, write_segment
+from finelip_fast.index.orphans import deleted, retire, unnamed_lists
+from finelip_fast.index.segments import Segment, joined, write_segment
 from finelip_fast.index.spec import CATALOGUE, SEGMENTS
 from finelip_fast.index.store import Store
 
 _COPY, _DAMAGED = "catalogue.copy.sqlite", "catalogue.damaged.sqlite"
 
 
-def lost(store: Store) -> dict[str, Listed]:
-    """Complete segments that nothing names, with their lists, in the order in which they were added.
+def lost(store: Store) -> dict[str, int]:
+    """Number of lost items in each segment that nothing names, in the order in which the segments were added.
 
-    Segments whose items are all in the index, with the same embeddings, are left out.
+    Items that are in the index with the same embedding, or that were deleted since, are not lost.
     """
     catalogue = store.catalogue
-    result = {}
-    for name in upkeep.unnamed(store):
-        try:
-            listed = read_list(store.segments_folder, name)
-        except FineLIPError:  # from a writer that was killed before it was complete
-            continue
+    counts = {}
+    for name, listed in unnamed_lists(catalogue).items():
         items = catalogue.at(catalogue.find(listed.ids).values(), catalogue.version) or {}
-        known = {(item.id, item.crc) for item in items.values()}
-        if not known.issuperset(zip(listed.ids, listed.crcs, strict=True)):
-            result[name] = listed
-    return dict(sorted(result.items(), key=lambda pair: pair[1].version))
+        known, dropped = {(item.id, item.crc) for item in items.values()}, deleted(catalogue).get(name, ())
+        rows = enumerate(zip(listed.ids, listed.crcs, strict=True))
+        if count := sum(item not in known and row not in dropped for row, item in rows):
+            counts[name] = count
+    return counts
 
 
 def take_back(store: Store) -> list[str]:
-    """Add the items of lost segments again in their original order, except those whose ids are in the index.
+    """Add the items of lost segments again in their original order, except those whose ids are in the index or were deleted.
+
+    Segments of which nothing is needed any more are removed.
 
     Returns:
         The ids that were added.
@@ -56,29 +57,42 @@ def take_back(store: Store) -> list[str]:
         StoreError: Writing fails; what was added before stays.
     """
     store.refuse_if_fixed()
+    catalogue = store.catalogue
     added: list[str] = []
-    for name, listed in lost(store).items():
-        with store.catalogue.changing():
-            if name in {row.name for row in store.catalogue.layout().segments}:  # its writer was only slow
+    lists = unnamed_lists(catalogue)
+    for name, listed in lists.items():
+        with catalogue.undisturbed():
+            if name in catalogue.segment_names():  # its writer was only slow
                 continue
-            try:
-                segment = store.open_segment(SegmentRow(name, 0, len(listed.ids)))
-                damaged = set(segment.damaged(listed.crcs))
-            except (StoreError, FileNotFoundError):
-                continue
-            known = store.catalogue.find(listed.ids)
-            new = [at for at, item in enumerate(listed.ids) if item not in known and at not in damaged]
-            ids, texts = [listed.ids[at] for at in new], [listed.texts[at] for at in new]
-            if len(new) == len(listed.ids):
-                store.catalogue.add(ids, name, listed.crcs, texts)
-            elif new:
-                segment_name, crcs = write_segment(store.segments_folder, joined([(segment, torch.tensor(new))]))
-                store.catalogue.add(ids, segment_name, crcs, texts)
-            if len(new) < len(listed.ids) and not damaged:
-                upkeep.retire(store, [name])
-        added += ids
+            known, dropped = catalogue.find(listed.ids), deleted(catalogue).get(name, ())
+            absent = [row for row, item in enumerate(listed.ids) if item not in known and row not in dropped]
+            new: list[int] = []
+            if absent:
+                try:
+                    segment = store.open_segment(SegmentRow(name, 0, len(listed.ids)))
+                    damaged = segment.damaged(listed.crcs)
+                except (StoreError, FileNotFoundError):
+                    continue
+                if new := [row for row in absent if row not in damaged]:
+                    added += _add_again(store, segment, listed, new)
+            if new == absent and len(new) < len(listed.ids):
+                retire(catalogue, [name])
     store.reload()
+    if lists:
+        upkeep.sweep(store)
     return added
+
+
+def _add_again(store: Store, segment: Segment, listed: Listed, rows: list[int]) -> list[str]:
+    """Add items of a segment that nothing names, and return their ids; if these are all of its items, it is used as it is."""
+    ids, texts = [listed.ids[row] for row in rows], [listed.texts[row] for row in rows]
+    with store.catalogue.changing():
+        if len(rows) == len(listed.ids):
+            store.catalogue.add(ids, segment.name, listed.crcs, texts)
+        else:
+            name, crcs = write_segment(store.segments_folder, joined([(segment, torch.tensor(rows))]))
+            store.catalogue.add(ids, name, crcs, texts)
+    return ids
 
 
 def keep_copy(store: Store) -> None:
@@ -95,7 +109,7 @@ def restore(folder: str | PathLike[str]) -> Path:
     """Replace an index's catalogue with its copy from the last upkeep, or else with an empty catalogue of the same spec.
 
     No process may have the index open. To recover what the new catalogue lacks, run
-    :meth:`finelip_fast.index.Index.repair` afterwards.
+    :meth:`finelip_fast.index.Index.repair` afterwards. Without a copy, a warning says what cannot be recovered.
 
     Returns:
         Path to which the previous catalogue was moved.
@@ -123,6 +137,12 @@ def restore(folder: str | PathLike[str]) -> Path:
         spec = {key: value for key, value in listed.spec.items() if key not in ("source", "version")}
         Catalogue(path, spec, source=str(listed.spec.get("source"))).close()
     sync_folder(folder)
+    if listed is not None:
+        warnings.warn(
+            f"{folder} has no copy of its catalogue, which maintenance makes: items can be recovered, but the root of their "
+            f"pictures, tuned settings, sketches and sped-up fields are lost; set the root with {remedies.move_root(folder)}",
+            stacklevel=2,
+        )
     return damaged
 
 

@@ -10,8 +10,8 @@ import struct
 import zlib
 from typing import Any
 
+from finelip_fast.errors import InputError
 from finelip_fast.index.database import Connection
-from finelip_fast.index.filters import field_expression
 
 FORMAT = 4
 
@@ -156,19 +156,31 @@ def prepare(connection: Connection) -> int | None:
     raise sqlite3.DatabaseError("its tables are not those of an index, or a newer version of this library made them")
 
 
-def field_index(field: str) -> str:
-    """The statement that creates an index on a metadata field.
+def add_field(connection: Connection, expression: str) -> None:
+    """Within a change, create an index on a metadata field, if there is none yet.
+
+    Args:
+        connection: Connection to a catalogue of the current format.
+        expression: Expression of the field, from :func:`finelip_fast.index.filters.field_expression`.
 
     Raises:
-        InputError: ``field`` is not the name of a field, see :mod:`finelip_fast.index.filters`.
+        InputError: As many fields as :func:`prepare` accepts have an index.
     """
-    expression = field_expression(field)
-    name = "field " + expression.replace('"', '""')
-    return f'CREATE INDEX IF NOT EXISTS "{name}" ON item ({expression})'
+    name = f"field {expression}"
+    names = connection.run("SELECT name FROM main.sqlite_master WHERE type = 'index' AND name LIKE 'field %'")
+    if (name.encode(),) in names:
+        return
+    if len(names) >= _MOST_FIELDS:
+        raise InputError(
+            f"expected at most {_MOST_FIELDS} fields to speed up, and the index has as many; filters can compare this field "
+            "without it, but take longer"
+        )
+    quoted = name.replace('"', '""')
+    connection.run(f'CREATE INDEX "{quoted}" ON item ({expression})', seconds=math.inf)
 
 
 def _is_field(name: Any, sql: Any) -> bool:
-    """Whether it was created by :func:`field_index`."""
+    """Whether it was created by :func:`add_field`."""
     expression = name[len(b"field ") :] if isinstance(name, bytes) and name.startswith(b"field ") else b""
     if not _FIELD.fullmatch(expression):
         return False

@@ -28,7 +28,7 @@ from torch import Tensor
 from finelip_fast._arguments import one_of
 from finelip_fast.index.standing import sampled_rows
 from finelip_fast.index.view import View
-from finelip_fast.kernels import clim_scores, clim_topk, clim_topk_int8, cosine_candidates, quantize
+from finelip_fast.kernels import clim_scores, clim_topk, clim_topk_int8, cosine_candidates, cpu, quantize
 from finelip_fast.kernels.clim.rows import Pieces
 from finelip_fast.kernels.clim.topk import exact_parts, pairs_at_once
 from finelip_fast.kernels.threads import side_by_side
@@ -65,9 +65,13 @@ class Tuning:
     seconds: dict[str, float]
     mode: TwoStages = "two-stage"
 
+    def suits(self, items: int, k: int, alpha: float) -> bool:
+        """Whether it was measured for such a search: the same alpha, no more hits, and less than twice the items."""
+        return k <= self.k and alpha == self.alpha and items < 2 * self.items
+
     def holds(self, items: int, k: int, alpha: float) -> bool:
-        """Whether it applies to such a search: the same alpha, no more hits, and less than twice the items."""
-        return self.agreement >= self.target and k <= self.k and alpha == self.alpha and items < 2 * self.items
+        """Whether such a search agrees with an exact one as much as requested."""
+        return self.agreement >= self.target and self.suits(items, k, alpha)
 
 
 class CandidateSource(Protocol):
@@ -104,8 +108,13 @@ def choose_mode(mode: Mode, view: View, tuning: Tuning | None, *, k: int, alpha:
 
 
 def exact_mode(view: View, alpha: float) -> Mode:
-    """The faster of the exact modes; the global cosine alone does not use int8 copies."""
-    return "exact-int8" if alpha != 1 and view.is_quantized else "exact"
+    """The faster of the exact modes.
+
+    The global cosine alone does not use int8 copies. A CPU without instructions for int8 (VNNI) multiplies them as float32,
+    and takes longer than with float16.
+    """
+    multiplies_int8 = view.device.type != "cpu" or cpu.has("vnni") or view.tokens is None
+    return "exact-int8" if alpha != 1 and multiplies_int8 and view.is_quantized else "exact"
 
 
 def best_rows(

@@ -72,7 +72,7 @@ class Searcher:
 
     def __init__(self, store: Store) -> None:
         self.store, self.spec, self.folder = store, store.spec, store.folder
-        self._stage: tuple[View, CandidateSource | None] | None = None
+        self._stage: tuple[tuple[View, object], CandidateSource | None] | None = None  # with what it was made from
         self._sketches = Sketches(store.cache_folder)
 
     def search(
@@ -119,7 +119,7 @@ class Searcher:
         tuning = self.tuning
         count = len(view) if among is None else len(among)
         chosen = choose_mode(mode, view, tuning, k=k, alpha=alpha, items=count)
-        if candidates is None and tuning is not None and tuning.mode == chosen:
+        if candidates is None and tuning is not None and tuning.mode == chosen and tuning.suits(len(view), k, alpha):
             candidates = tuning.candidates
         scores, rows = best_rows(
             view,
@@ -185,8 +185,9 @@ class Searcher:
         if mode != "two-stage":
             return None
         with between_forks(), self.store.view_lock:
-            if self._stage is None or self._stage[0] is not view:
-                self._stage = view, faiss.find(view, self.store.cache_folder)
+            current = view, faiss.state(self.store.cache_folder)
+            if self._stage is None or self._stage[0] != current:
+                self._stage = current, faiss.find(view, self.store.cache_folder)
             return self._stage[1]
 
     def build_candidates(self, *, lists: int | None, progress: bool) -> None:
@@ -194,8 +195,8 @@ class Searcher:
         if self.store.cache_folder is None:
             got = "one in memory" if self.folder is None else "a read-only folder"
             raise InputError(f"expected an index in a writable folder, got {got}")
+        self.store.refuse_if_fixed()  # its file would take the place of that of the newest version
         faiss.build(self.store.view(), self.store.cache_folder, lists=lists, progress=progress)
-        self._stage = None
 
     def build_sketches(self, bits: int) -> int:
         """Build sketches of all items, and return their size in bytes."""
@@ -207,8 +208,7 @@ class Searcher:
             )
         self.store.refuse_if_fixed()
         self.store.catalogue.keep(_SKETCH, bits)
-        view = self.store.view()
-        return self._sketches.source(view, bits).bytes if len(view) else 0
+        return self.store.on_view(lambda view: self._sketches.source(view, bits).bytes if len(view) else 0)
 
     @property
     def sketch_bits(self) -> int | None:

@@ -10,12 +10,12 @@ from __future__ import annotations
 import os
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -40,11 +40,13 @@ from finelip_fast.index.checks import as_json, check_embeddings, check_ids, id_c
 from finelip_fast.index.database import closed
 from finelip_fast.index.forks import between_forks, survive_forks
 from finelip_fast.index.lists import remove_segment
+from finelip_fast.index.orphans import note_deleted
 from finelip_fast.index.segments import Segment, encode, open_segment, write_segment
 from finelip_fast.index.spec import CACHE, CATALOGUE, INCOMING, SEGMENTS, IndexSpec
 from finelip_fast.index.view import View
 
 Existing = Literal["error", "skip", "replace"]
+Result = TypeVar("Result")
 
 
 class Written(NamedTuple):
@@ -160,6 +162,22 @@ class Store:
                     raise self.missing(error) from None
                 # It was compacted meanwhile.
 
+    def on_view(self, work: Callable[[View], Result]) -> Result:
+        """The result of ``work`` on the version that is searched; repeated if another process compacts the index meanwhile.
+
+        Raises:
+            StoreError: A segment is missing, or the same cases as in :meth:`view`.
+        """
+        while True:
+            view = self.view()
+            try:
+                return work(view)
+            except (FileNotFoundError, StoreError) as error:
+                if self.catalogue.oldest <= view.version:
+                    if isinstance(error, FileNotFoundError):
+                        raise self.missing(error) from None
+                    raise
+
     def missing(self, error: FileNotFoundError) -> StoreError:
         """The error that says that a segment is missing, for one that was raised where it was opened or read."""
         return StoreError(
@@ -239,17 +257,19 @@ class Store:
         if not ids:
             return []
         arrays = encode(embeddings, self.spec.dtype)
-        with self._new_segments() as names, self.catalogue.changing():
+        with self._new_segments() as names, self.catalogue.undisturbed():
             present = self.catalogue.find(ids)
             if present and existing == "error":
                 raise id_conflict(present)
             if present and existing == "skip":
                 new = [at for at, item in enumerate(ids) if item not in present]
+                if not new:  # a version like the one before it would cost every process its caches
+                    return []
                 ids, texts = [ids[at] for at in new], [texts[at] for at in new]
                 arrays = {name: values[new] for name, values in arrays.items()}
-            elif present:
+                present = {}
+            with self.catalogue.changing():
                 self.catalogue.remove(present.values())
-            if ids:
                 name, crcs = self._write(arrays)
                 names.append(name)
                 self.catalogue.add(ids, name, crcs, texts)
@@ -259,6 +279,7 @@ class Store:
     @property
     def incoming(self) -> Path:
         """Folder for what workers write; created if missing."""
+        self.refuse_if_closed()
         if self.folder is None:
             raise InputError("expected an index with a folder for workers to write to, got one in memory")
         folder = self.folder / INCOMING
@@ -275,16 +296,24 @@ class Store:
         incoming = self.incoming
         ids = [item for segment in segments for item in segment.ids]
         check_ids(ids)
+        for segment in segments:
+            if not len(segment.ids) == len(segment.crcs) == len(segment.metadata):
+                raise InputError(
+                    f"expected checksums and metadata for {len(segment.ids)} ids of segment {segment.name!r:.80}, got "
+                    f"{len(segment.crcs)} and {len(segment.metadata)}; pass the checksums that write_segment returned"
+                )
         texts = [[as_json(*pair) for pair in zip(segment.metadata, segment.ids, strict=True)] for segment in segments]
         shape = (self.spec.tokens, self.spec.width)
-        with self._new_segments() as names, self.catalogue.changing():
+        with self._new_segments() as names, self.catalogue.changing() if ids else nullcontext():
             present = self.catalogue.find(ids)
             if present and existing == "error":
                 raise id_conflict(present)
             self.catalogue.remove(present.values())
             for segment, metadata in zip(segments, texts, strict=True):
+                name = plain_name(segment.name, incoming, error=StoreError)
+                if not segment.ids:  # a catalogue names no empty segment
+                    continue
                 try:
-                    name = plain_name(segment.name, incoming, error=StoreError)
                     opened = open_segment(incoming, name, rows=len(segment.ids), shape=shape, dtype=self.spec.dtype)
                     check_embeddings(segment.ids, opened.embeddings(slice(None)))
                     # Linked, not moved, because this change may fail; one that failed may have left its link.
@@ -339,9 +368,11 @@ class Store:
             if occupied := self.catalogue.find(new_ids).keys() - set(ids):
                 raise id_conflict(occupied, "pass other new_ids")
             view = self.load()
+            view.refuse_shortened()
             items = self.catalogue.at(positions, view.version) or {}
             view.refuse_damaged(items.values())  # a new checksum would hide the damage
             self.catalogue.remove(positions)
+            note_deleted(self.catalogue, ids)
             name, crcs = self._write(view.arrays_at(positions))
             names.append(name)
             self.catalogue.add(new_ids, name, crcs, texts)
@@ -355,6 +386,7 @@ class Store:
             return
         with self.catalogue.changing():
             self.catalogue.remove(self._positions(ids))
+            note_deleted(self.catalogue, ids)
         self.reload()
 
     def _positions(self, ids: Sequence[str]) -> list[int]:

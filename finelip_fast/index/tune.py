@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from finelip_fast._arguments import one_of
+from finelip_fast._arguments import Embeddings, listed, one_of, share, strings, whole_number
 from finelip_fast.errors import InputError
-from finelip_fast.index.checks import missing
+from finelip_fast.index.checks import as_queries, missing
 from finelip_fast.index.index import Index
 from finelip_fast.index.search import TWO_STAGES, Tuning, TwoStages, best_rows, exact_mode
 from finelip_fast.index.searching import Searcher
@@ -43,18 +43,22 @@ def sample_queries(index: Index, count: int = 200, *, seed: int = 0) -> Tensor:
     These are pictures that search for pictures. They rank differently from texts, so real queries are better.
 
     Raises:
-        InputError: The index is empty.
+        InputError: The index is empty, ``count`` is not a positive integer, or ``seed`` is not one of at most 63 bits.
     """
-    view = index._searcher.store.view()
-    if not len(view):
-        raise InputError("expected an index with items to tune, got an empty one; add items first")
-    numbers = torch.randperm(len(view), generator=torch.Generator().manual_seed(seed))[:count].sort().values
-    return view.read(numbers if view.living is None else view.living[numbers])
+    count, seed = whole_number("count", count), whole_number("seed", seed, least=0, most=(1 << 63) - 1)
+
+    def sample(view: View) -> Tensor:
+        if not len(view):
+            raise InputError("expected an index with items to tune, got an empty one; add items first")
+        numbers = torch.randperm(len(view), generator=torch.Generator().manual_seed(seed))[:count].sort().values
+        return view.read(numbers if view.living is None else view.living[numbers])
+
+    return index._searcher.store.on_view(sample)
 
 
 def tune(
     index: Index,
-    queries: Tensor,
+    queries: Embeddings,
     *,
     answers: Sequence[str] | None = None,
     agreement: float = 0.99,
@@ -68,7 +72,7 @@ def tune(
 
     Args:
         index: Index to search.
-        queries: Embeddings ``[Q, L, D]`` like those of real queries.
+        queries: Embeddings ``[Q, L, D]`` like those of real queries, unit rows; a tensor or an array.
         answers: Id of the correct item for each query, to measure the change in recall@1; None: not known.
         agreement: Target for the mean share of the exact ``k`` best that are found. Each mode uses the smallest number of
             candidates that reaches it, or the largest tried. The fastest mode that reaches it is chosen, or else the one with
@@ -84,27 +88,66 @@ def tune(
         The choice, and all trials.
 
     Raises:
-        InputError: There are no queries, the answers differ from them in number or are not in the index, a mode is unknown, or
-            the index is too small to choose from.
+        InputError: There are no queries, or not unit rows ``[Q, L, D]``; the answers differ from them in number or are not in
+            the index; ``k`` or a number of candidates is not a positive integer, ``agreement`` or ``alpha`` is not in [0, 1],
+            or a mode is unknown; or the index is too small to choose from.
         StoreError: The choice cannot be stored.
     """
-    searcher = index._searcher
-    view = searcher.store.view()
-    alpha = index.spec.alpha if alpha is None else alpha
+    queries = as_queries(queries, index.spec.width)
+    answers = None if answers is None else strings("answers", answers)
+    agreement, k = share("agreement", agreement), whole_number("k", k)
+    alpha = share("alpha", index.spec.alpha if alpha is None else alpha)
+    numbers = {whole_number("candidates", number) for number in listed("candidates", candidates)}
+    if modes is None:
+        modes = TWO_STAGES if index.sketch_bits is not None else TWO_STAGES[:1]
+    modes = listed("modes", modes)
+    if not modes:
+        raise InputError("expected modes with a first stage to try, got an empty list; leave modes out to try all")
+    for mode in modes:
+        one_of("mode", mode, TWO_STAGES)
     if not len(queries) or (answers is not None and len(answers) != len(queries)):
         raise InputError(
             f"expected queries, with an answer for each or for none, got {len(queries)} queries and "
             f"{len(answers or ())} answers"
         )
-    tried = [number for number in sorted(set(candidates)) if k <= number < len(view)]
+    store = index._searcher.store
+    store.refuse_if_fixed()  # now, since the choice is stored only at the end
+    measure = partial(
+        _measure,
+        index._searcher,
+        queries=queries,
+        answers=answers,
+        agreement=agreement,
+        k=k,
+        alpha=alpha,
+        candidates=sorted(numbers),
+        modes=modes,
+        progress=progress,
+    )
+    tuning, trials = store.on_view(measure)
+    index.tuning = tuning
+    return tuning, trials
+
+
+def _measure(
+    searcher: Searcher,
+    view: View,
+    *,
+    queries: Tensor,
+    answers: Sequence[str] | None,
+    agreement: float,
+    k: int,
+    alpha: float,
+    candidates: Sequence[int],
+    modes: Sequence[TwoStages],
+    progress: bool,
+) -> tuple[Tuning, list[Trial]]:
+    """The choice for one version of an index, and all trials; arguments and errors are those of :func:`tune`."""
+    tried = [number for number in candidates if k <= number < len(view)]
     if not tried:
         raise InputError(
             f"expected more items than candidates to choose from, got {len(view)}; search an index this small exactly"
         )
-    if modes is None:
-        modes = TWO_STAGES if index.sketch_bits is not None else TWO_STAGES[:1]
-    for mode in modes:
-        one_of("mode", mode, TWO_STAGES)
     right = None if answers is None else _rows_of(searcher, view, answers)
     exact = partial(best_rows, view, k=k, alpha=alpha, mode=exact_mode(view, alpha))
     with tqdm(total=len(queries) * (1 + len(modes) * len(tried)), unit="query", disable=not progress) as bar:
@@ -116,10 +159,10 @@ def tune(
                 continue  # more candidates would only take longer
             source = searcher.first_stage(view, mode, alpha)
             two_stages = partial(best_rows, view, k=k, alpha=alpha, mode=mode, candidates=number, source=source)
-            numbers = _search(two_stages, queries, bar)
-            change = None if right is None else _recall(numbers, right) - _recall(best, right)
+            rows = _search(two_stages, queries, bar)
+            change = None if right is None else _recall(rows, right) - _recall(best, right)
             time_of_one = _seconds(two_stages, queries)
-            trials.append(Trial(mode, number, _agreement(numbers, best), change, 1e3 * time_of_one))
+            trials.append(Trial(mode, number, _agreement(rows, best), change, 1e3 * time_of_one))
     sufficient = [trial for trial in trials if trial.agreement >= agreement]
     chosen = (
         min(sufficient, key=lambda trial: trial.milliseconds)
@@ -137,12 +180,11 @@ def tune(
         seconds=seconds | {chosen.mode: chosen.milliseconds / 1e3},
         mode=chosen.mode,
     )
-    index.tuning = tuning
     return tuning, trials
 
 
 def _rows_of(searcher: Searcher, view: View, ids: Sequence[str]) -> Tensor:
-    positions = searcher.store.catalogue.find(ids)
+    positions = searcher.store.catalogue.find(ids, view.version)
     absent = [item for item in ids if item not in positions]
     if absent:
         raise missing(absent)

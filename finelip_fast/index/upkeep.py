@@ -11,13 +11,13 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
 
 from finelip_fast._arguments import folder_path
-from finelip_fast._files import plain_name, write_error
+from finelip_fast._files import write_error
 from finelip_fast.errors import InputError, StoreError
 from finelip_fast.index import remedies
 from finelip_fast.index.arrays import (
@@ -30,6 +30,7 @@ from finelip_fast.index.arrays import (
 )
 from finelip_fast.index.catalogue import SegmentRow
 from finelip_fast.index.copies import cache_name, sketch_name
+from finelip_fast.index.orphans import forget_replaced, replaced, retire, unnamed
 from finelip_fast.index.segments import joined, write_segment
 from finelip_fast.index.sketches import BASIS
 from finelip_fast.index.spec import CACHE, CATALOGUE, INCOMING, SEGMENTS
@@ -41,7 +42,6 @@ _FULL = 1 << 29
 # Number of newest segments that are too many, and how many times as large as these the next may be to be merged with them.
 _MANY, _GROWTH = 64, 2
 _WARNED_OF = 1_000  # segments
-_REPLACED = "replaced"  # key of the catalogue's note of segments that a change has replaced
 _OUTDATED = ("globals.faiss", "globals.json")  # from when faiss kept its own files
 # A job of workers holds the lock of ``NAME.lock`` in ``incoming``; the names of its files begin with ``NAME-``.
 JOB = "job-"
@@ -80,11 +80,11 @@ def maintain(store: Store) -> dict[str, int]:
             raise _refusal(store, damaged)
         after = _rewrite(store, view, _runs(view))
     store.reload()
-    _sweep(store)
+    sweep(store)
     return {
         "segments_before": before,
         "segments_after": after,
-        "unreferenced_segments": len(unnamed(store)),
+        "unreferenced_segments": len(unnamed(store.catalogue)),
         "bytes_freed": size - _size(store.folder),
     }
 
@@ -111,7 +111,7 @@ def compact_recent(store: Store) -> None:
         with store.catalogue.changing():
             _rewrite(store, view, [run], first=rows[0].first)
     store.reload()
-    _sweep(store)
+    sweep(store)
 
 
 def warn_of_many(store: Store) -> None:
@@ -149,7 +149,7 @@ def repair(store: Store) -> dict[str, str]:
             view = store.load()
             _rewrite(store, view, _runs(view))
         store.reload()
-        _sweep(store)
+        sweep(store)
     return {damage.id: damage.reason for damage in damaged}
 
 
@@ -158,9 +158,9 @@ def _rewrite(store: Store, view: View, runs: Sequence[list[int]], first: int = 0
 
     From the position ``first`` on, no other segment may have gaps.
     """
-    replaced = [row for row in store.catalogue.layout().segments if row.name in store.damaged]
+    removed = [row for row in store.catalogue.layout().segments if row.name in store.damaged]
     store.catalogue.forget(first)
-    for row in replaced:
+    for row in removed:
         store.catalogue.replace([row], None, [])
     count = len(view.segments)
     for run in runs:
@@ -173,37 +173,24 @@ def _rewrite(store: Store, view: View, runs: Sequence[list[int]], first: int = 0
         else:
             store.catalogue.replace(rows, None, [])
             count -= len(run)
-        replaced += rows
-    retire(store, [row.name for row in replaced])
+        removed += rows
+    retire(store.catalogue, [row.name for row in removed])
     return count
 
 
-def retire(store: Store, names: Iterable[str]) -> None:
-    """Within a change, note that the files of segments may be removed."""
-    store.catalogue.keep(_REPLACED, sorted({*_replaced(store), *names}))
-
-
-def _replaced(store: Store) -> list[str]:
-    """Names of segments that changes have replaced and whose files may still exist."""
-    names = store.catalogue.note(_REPLACED) or []
-    where = f"the catalogue of {store.folder}, note {_REPLACED!r}"
-    if not isinstance(names, list):
-        raise StoreError(f"{where}: expected names of segments, found {names!r:.80}")
-    return [plain_name(name, where, error=StoreError) for name in names]
-
-
-def _sweep(store: Store) -> None:
+def sweep(store: Store) -> None:
     """Remove files that nothing needs, see the module."""
     assert store.folder is not None
     cache, incoming = store.folder / CACHE, store.folder / INCOMING
     with store.catalogue.undisturbed():
-        in_catalogue = {row.name for row in store.catalogue.layout().segments}
-        replaced = set(_replaced(store)) - in_catalogue
+        in_catalogue = store.catalogue.segment_names()
+        obsolete = set(replaced(store.catalogue)) - in_catalogue
+        stems = {name.partition(".")[0] for name in obsolete}
         for path in files_in(store.segments_folder):
-            if path.name in replaced or path.name.partition(".")[0] in {name.partition(".")[0] for name in replaced}:
+            if path.name.partition(".")[0] in stems:
                 _remove(path)
-        if replaced:
-            store.catalogue.keep(_REPLACED, [])
+        if obsolete:
+            forget_replaced(store.catalogue)
         named_copies = {BASIS} | {copies(name) for name in in_catalogue for copies in (cache_name, sketch_name)}
         for path in files_in(cache):
             if path.name not in named_copies and (path.suffix in (".safetensors", ".part") or path.name in _OUTDATED):
@@ -234,17 +221,6 @@ def _remove_job(files: Iterable[Path], job: str) -> None:
             _remove(path)
 
 
-def unnamed(store: Store) -> list[str]:
-    """Segments that no version names, from changes that never finished or whose record is lost."""
-    if store.folder is None:
-        return []
-    # Wait for changes in progress, whose files are not named yet; where no change can be made, there are none.
-    with nullcontext() if store.catalogue.read_only else store.catalogue.undisturbed():
-        in_catalogue = {row.name for row in store.catalogue.layout().segments} | set(_replaced(store))
-        files = files_in(store.segments_folder)
-    return [path.name for path in files if path.suffix in (".safetensors", ".npy") and path.name not in in_catalogue]
-
-
 def check(store: Store) -> dict[str, str]:
     """Read every item of a folder again and verify its checksum; cached copies of other embeddings are removed.
 
@@ -252,8 +228,10 @@ def check(store: Store) -> dict[str, str]:
         What is wrong with each damaged item, by id; empty: everything is as it was written.
 
     Raises:
-        StoreError: The catalogue is damaged; or a segment cannot be read now, for lack of memory, open files or permission.
+        StoreError: The index is closed, or its catalogue is damaged; or a segment cannot be read now, for lack of memory, open
+            files or permission.
     """
+    store.refuse_if_closed()
     if store.folder is None:
         return {}
     store.catalogue.refuse_damaged()

@@ -281,15 +281,15 @@ def test_nothing_is_acknowledged_where_the_folder_is_another(folder: Path, chang
         index.add(["d"], embeddings(1, 2), [{}])
         change(folder)
         before = sorted(path for path in folder.rglob("*") if "sqlite-" not in path.name)
-        for use in (
-            lambda: index.add(["e"], embeddings(1, 3), [{}]),
-            lambda: index.upsert(["a"], embeddings(1, 3), [{}]),
-            lambda: index.delete(["a"]),
-            lambda: index.ids,
-            lambda: index.search(embeddings(1), 1),
-            index.maintain,
+        for use, loss in (
+            (lambda: index.add(["e"], embeddings(1, 3), [{}]), ", and this change was not saved"),
+            (lambda: index.upsert(["a"], embeddings(1, 3), [{}]), ", and this change was not saved"),
+            (lambda: index.delete(["a"]), ", and this change was not saved"),
+            (lambda: index.ids, ""),
+            (lambda: index.search(embeddings(1), 1), ""),
+            (index.maintain, ", and this change was not saved"),
         ):
-            with pytest.raises(StoreError, match="was removed, moved or replaced since it was opened"):
+            with pytest.raises(StoreError, match=f"moved or replaced since it was opened{loss}; open its folder again"):
                 use()
         assert sorted(path for path in folder.rglob("*") if "sqlite-" not in path.name) == before
 

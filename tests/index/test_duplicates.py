@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,6 +14,7 @@ from finelip_fast.errors import InputError
 from finelip_fast.index import Index, IndexSpec
 from finelip_fast.index import duplicates as module
 from finelip_fast.index.duplicates import duplicates
+from finelip_fast.index.reader import CatalogueReader, Item
 
 
 def index_of(rows: torch.Tensor, hashes: list[str | None]) -> Index:
@@ -44,6 +48,22 @@ def test_what_is_near_is_a_group_with_all_that_is_near_to_it(count: int, seed: i
     assert [tuple(map(int, group)) for group in groups] == sorted(expected)
 
 
+def test_only_items_are_grouped_and_the_groups_are_those_of_one_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    index = index_of(torch.eye(5)[[0, 1, 1, 2, 1]], [None] * 5)
+    index.delete(["0", "2"])
+    items = CatalogueReader.items
+
+    def changed(*arguments: Any, **options: Any) -> Iterator[Item]:
+        """List the items, after which another thread adds one."""
+        yield from items(*arguments, **options)
+        if "new" not in index:
+            index.add(["new"], torch.eye(5)[1:2, None], [{}])
+
+    monkeypatch.setattr(CatalogueReader, "items", changed)
+    assert duplicates(index, similarity=0.9) == [["1", "4"]]
+    assert duplicates(index, similarity=0.9) == [["1", "4", "new"]]
+
+
 def test_a_similarity_is_a_cosine() -> None:
     with pytest.raises(InputError, match=r"expected similarity in \[0, 1\], got 98"):
-        duplicates(index_of(torch.eye(2), [None] * 2), similarity=98)
+        duplicates(Index(IndexSpec("abc", 1, 2)), similarity=98)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import shutil
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -48,8 +49,8 @@ def largest_file(size: int) -> Iterator[None]:
 
 @pytest.mark.parametrize(
     ("limit", "count", "metadata"),
-    [(50_000, 500, {}), (90_000, 5, {"text": "x" * 90_000})],
-    ids=["in the segment", "in the catalogue"],
+    [(1000, 5, {}), (50_000, 500, {}), (90_000, 5, {"text": "x" * 90_000})],
+    ids=["in a small segment", "in the segment", "in the catalogue"],
 )
 def test_a_full_disk(folder: Path, limit: int, count: int, metadata: dict) -> None:
     with closing(Index(SPEC, folder)) as index:
@@ -68,6 +69,26 @@ def test_a_full_disk(folder: Path, limit: int, count: int, metadata: dict) -> No
         assert index.check() == {}
         index.maintain()
         assert index.check() == {}
+
+
+@pytest.mark.parametrize(
+    "reason", ["attempt to write a readonly database", "disk I/O error", "database or disk is full"]
+)
+def test_a_full_disk_is_told_from_a_catalogue_that_must_not_be_written(
+    folder: Path, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SQLite says readonly if it cannot create its log."""
+
+    def refuse(*_: object) -> None:
+        raise sqlite3.OperationalError(reason)
+
+    usage = shutil.disk_usage(folder)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1 << 19))
+    with closing(Index(SPEC, folder)) as index:
+        monkeypatch.setattr(index._store.catalogue._database, "_open_writer", refuse)
+        with pytest.raises(StoreError, match=rf"{reason}; the disk may be full: 0\.5 MiB are free at {folder}"):
+            index.delete(["a"])
+        assert index.ids == ["a", "b"]
 
 
 @pytest.mark.parametrize("compact", [Index.maintain, Index.compact_recent])
@@ -100,7 +121,7 @@ def test_a_folder_that_cannot_be_written_to_can_be_searched(folder: Path, as_a_g
             index.maintain,
             lambda: index.speed_up("n"),
         ):
-            with pytest.raises(StoreError, match="cannot be written: attempt to write a readonly database"):
+            with pytest.raises(StoreError, match=r"cannot be written: attempt to write a readonly database$"):
                 change()
         assert index.ids == ["a", "b"]
 

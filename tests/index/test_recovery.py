@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 from finelip_fast.cli import main
 from finelip_fast.errors import StoreError
 from finelip_fast.index import Index, IndexSpec, restore, stored_index
+from finelip_fast.index.catalogue import Catalogue
 from finelip_fast.index.lists import list_path, read_list
 
 SPEC = IndexSpec(checkpoint="abc", tokens=3, width=8)
@@ -94,7 +97,9 @@ def test_a_damaged_catalogue_is_made_anew(tmp_path: Path, has_copy: bool, capsys
     (folder / "catalogue.sqlite").write_bytes(content)
     with pytest.raises(StoreError, match=r"finelip index repair --index .* --restore"):
         stored_index(folder)
-    assert main(["index", "repair", "--index", str(folder), "--restore"]) == 0
+    notice = f"set the root with finelip index move-root FOLDER --index {folder}"
+    with nullcontext() if has_copy else pytest.warns(UserWarning, match=notice):
+        assert main(["index", "repair", "--index", str(folder), "--restore"]) == 0
     capsys.readouterr()
     with closing(stored_index(folder)) as index:
         # Without a copy, nothing records what was deleted.
@@ -121,6 +126,75 @@ def test_a_list_that_is_none_is_refused(tmp_path: Path, content: bytes) -> None:
     list_path(tmp_path, "x.safetensors").write_bytes(content)
     with pytest.raises(StoreError, match="expected"):
         read_list(tmp_path, "x.safetensors")
+
+
+@pytest.fixture
+def interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Index]:
+    """An index to which ``a`` and ``b`` were being added when the writer was stopped."""
+    with closing(Index(SPEC, tmp_path / "index")) as index:
+        add = Catalogue.add
+
+        def interrupt(*arguments: Any) -> None:
+            add(*arguments)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Catalogue, "add", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                index.add(["a", "b"], embeddings(2), [{}, {}])
+        assert sum(index.lost().values()) == 2
+        yield index
+
+
+def segments_of(index: Index) -> int:
+    assert index.folder is not None
+    return len(list((index.folder / "segments").glob("*.safetensors")))
+
+
+@pytest.mark.parametrize("change", ["delete", "relabel"])
+def test_what_was_deleted_after_a_retry_stays_deleted(interrupted: Index, change: str) -> None:
+    index = interrupted
+    index.add(["a", "b"], embeddings(2), [{}, {}])
+    if change == "delete":
+        index.delete(["a"])
+    else:
+        index.relabel(["a"], ["z"], [{}])
+    index.maintain()  # forgets what was deleted
+    assert index.lost() == {}
+    ids = index.ids
+    assert index.repair() == {}
+    assert index.ids == ids
+    assert "a" not in index
+
+
+def test_what_was_not_added_again_is_taken_back_without_what_was_deleted(interrupted: Index) -> None:
+    index = interrupted
+    index.add(["a"], embeddings(1), [{"n": 1}])
+    index.delete(["a"])
+    assert sum(index.lost().values()) == 1
+    index.repair()
+    assert index.ids == ["b"]
+    assert torch.equal(index.embeddings, embeddings(2)[1:].half())
+    assert index.maintain()["unreferenced_segments"] == 0
+    assert segments_of(index) == 1
+
+
+def test_repair_removes_a_segment_whose_items_were_all_added_again(interrupted: Index) -> None:
+    index = interrupted
+    index.add(["a", "b"], embeddings(2), [{}, {}])
+    assert segments_of(index) == 2
+    assert index.maintain()["unreferenced_segments"] == 1
+    version = index.version
+    index.repair()
+    assert (index.ids, index.version, segments_of(index)) == (["a", "b"], version, 1)
+    assert index.maintain()["unreferenced_segments"] == 0
+
+
+@pytest.mark.parametrize("note", ['["a"]', '{"a": 1}', '{"a": ["x"]}'])
+def test_an_invalid_note_of_deleted_items_is_refused(interrupted: Index, note: str) -> None:
+    interrupted._store.catalogue.keep("deleted", json.loads(note))
+    with pytest.raises(StoreError, match="expected rows of segments"):
+        interrupted.lost()
 
 
 def test_a_change_that_fails_leaves_no_segment_to_take_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

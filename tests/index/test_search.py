@@ -23,7 +23,7 @@ from finelip_fast.index.arrays import array_checksums, map_arrays, read_contents
 from finelip_fast.index.plan import Rates, measure, plan
 from finelip_fast.index.search import Tuning
 from finelip_fast.index.tune import sample_queries, tune
-from finelip_fast.kernels import clim_scores, clim_topk
+from finelip_fast.kernels import clim_scores, clim_topk, cpu
 
 SPEC = IndexSpec(checkpoint="abc", tokens=3, width=16)
 
@@ -292,8 +292,22 @@ def test_auto_takes_two_stages_where_it_was_measured_to_lose_little() -> None:
         assert index.tuning == tuning
         assert index.search(query, **({"k": 5} | options)).mode == mode, (tuning, options)
     index.tuning = None
-    index.search(query, 5, mode="exact-int8")
-    assert index.search(query, 5).mode == "exact-int8"  # the copies exist now
+
+
+@pytest.mark.parametrize(
+    ("dtype", "vnni", "mode"),
+    [("float16", True, "exact-int8"), ("float16", False, "exact"), ("int8", False, "exact-int8")],
+)
+def test_auto_uses_int8_copies_where_they_are_faster(
+    dtype: str, vnni: bool, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    has = cpu.has
+    monkeypatch.setattr(cpu, "has", lambda feature: vnni if feature == "vnni" else has(feature))
+    index = Index(replace(SPEC, dtype=dtype))
+    fill(index, 60)
+    query = embeddings(1, seed=9)
+    index.search(query, 5, mode="exact-int8")  # makes the copies
+    assert index.search(query, 5).mode == mode
 
 
 def test_tuning_finds_how_many_candidates_are_enough(tmp_path: Path) -> None:
@@ -324,9 +338,39 @@ def test_tuning_finds_how_many_candidates_are_enough(tmp_path: Path) -> None:
             ({"queries": queries, "answers": ["1"]}, r"got \d+ queries and 1 answers"),
             ({"queries": queries[:1], "answers": ["x"]}, "not in the index: 'x'"),
             ({"queries": queries, "candidates": [400]}, "expected more items than candidates"),
+            ({"queries": queries * torch.nan}, r"expected finite queries, got NaN \(query 0, row 0\)"),
+            ({"queries": queries * 5}, "expected rows of length 1, got 5"),
+            ({"queries": queries[0]}, r"expected queries \[Q, L, 16\]"),
+            ({"queries": queries, "answers": "1" * len(queries)}, "expected answers to be a list"),
+            ({"queries": queries, "agreement": 2}, r"expected agreement in \[0, 1\], got 2"),
+            ({"queries": queries, "alpha": 5}, r"expected alpha in \[0, 1\], got 5"),
+            ({"queries": queries, "k": "x"}, "expected k to be an integer, got 'x'"),
+            ({"queries": queries, "candidates": 50}, "expected candidates to be a list, got 50"),
+            ({"queries": queries, "candidates": [50.5]}, "expected candidates to be an integer, got 50.5"),
+            ({"queries": queries, "modes": "sketch"}, r"expected modes to be a list.*pass \['sketch'\]"),
+            ({"queries": queries, "modes": []}, "leave modes out to try all"),
         ]:
             with pytest.raises(InputError, match=message):
                 tune(index, **arguments, progress=False)
+        assert index.tuning == by_answer
+        assert tune(index, queries.numpy(), k=5, candidates=[20], progress=False)[0].candidates == 20
+        version = index.version
+        index.delete(["0"])
+    with closing(Index(SPEC, tmp_path, version=version)) as index, pytest.raises(StoreError, match="read-only"):
+        tune(index, queries, k=5, candidates=[20], progress=False)
+
+
+def test_two_stage_search_takes_as_many_candidates_as_were_measured_for_such_a_search() -> None:
+    index, queries = Index(SPEC), embeddings(20, seed=9)
+    fill(index, 600)
+    tune(index, queries, agreement=0.01, k=5, candidates=[5], progress=False)
+    tuned = ids(index, queries, 5, mode="two-stage", candidates=5)
+    assert ids(index, queries, 5, mode="two-stage") == tuned
+    for k, alpha, default in ((20, 0.8, 320), (5, 0.1, 256)):
+        hits = ids(index, queries, k, alpha=alpha, mode="two-stage")
+        assert hits == ids(index, queries, k, alpha=alpha, mode="two-stage", candidates=default)
+    index.add([f"new {n}" for n in range(600)], embeddings(600, seed=4), [{}] * 600)
+    assert ids(index, queries, 5, mode="two-stage") == ids(index, queries, 5, mode="two-stage", candidates=256)
 
 
 def test_queries_are_sampled_from_what_is_there() -> None:
@@ -334,6 +378,10 @@ def test_queries_are_sampled_from_what_is_there() -> None:
     with pytest.raises(InputError, match="expected an index with items to tune"):
         sample_queries(index)
     fill(index, 30, 3)
+    with pytest.raises(InputError, match="expected count of at least 1, got -1"):
+        sample_queries(index, -1)
+    with pytest.raises(InputError, match="expected seed to be an integer"):
+        sample_queries(index, seed="x")  # type: ignore[arg-type]
     index.delete([str(n) for n in range(0, 30, 2)])
     sampled = sample_queries(index, 10)
     assert len(sampled) == 10
@@ -403,6 +451,25 @@ def test_many_threads_search_while_one_writes(tmp_path: Path) -> None:
             future.result()
 
 
+def test_what_another_process_builds_with_faiss_is_used_without_reopening(tmp_path: Path) -> None:
+    pytest.importorskip("faiss")
+    query = embeddings(1, seed=9)
+    with closing(Index(SPEC, tmp_path)) as index, closing(Index(SPEC, tmp_path)) as builder:
+        fill(index, 400)
+        index.search(query, 5, mode="two-stage", candidates=40)
+        stages = []
+        for lists in (4, 8):
+            builder.build_candidates(lists=lists, progress=False)
+            stages.append(index._searcher.first_stage(index._store.view(), "two-stage", 0.5))
+            assert stages[-1] is index._searcher.first_stage(index._store.view(), "two-stage", 0.5)
+        assert stages[0] is not stages[1]
+        version = index.version
+        index.delete(["0"])
+        with closing(Index(SPEC, tmp_path, version=version)) as old, pytest.raises(StoreError, match="read-only"):
+            old.build_candidates(progress=False)
+        assert all(isinstance(stage, faiss.FaissSource) for stage in stages)
+
+
 def test_faiss_gives_candidates_until_the_index_begins_with_others(tmp_path: Path) -> None:
     pytest.importorskip("faiss")
     queries = embeddings(5, seed=9)
@@ -437,6 +504,20 @@ def test_faiss_gives_candidates_until_the_index_begins_with_others(tmp_path: Pat
             index.build_candidates(lists=1000, progress=False)
     with pytest.raises(InputError, match="expected an index in a writable folder"):
         Index(SPEC).build_candidates()
+
+
+@pytest.mark.parametrize("count", [1, 2, 10, 15])
+def test_faiss_takes_as_many_lists_as_a_small_index_has_items(tmp_path: Path, count: int) -> None:
+    pytest.importorskip("faiss")
+    query = embeddings(1, seed=9)
+    with closing(Index(SPEC, tmp_path)) as index:
+        with pytest.raises(InputError, match=r"expected an index with items .*; add items first"):
+            index.build_candidates(progress=False)
+        fill(index, count)
+        index.build_candidates(progress=False)
+        assert index._searcher.first_stage(index._store.view(), "two-stage", 0.5) is not None
+        exact = ids(index, query, 1, mode="exact")
+        assert ids(index, query, 1, mode="two-stage", candidates=max(1, count - 1)) == exact
 
 
 def test_a_file_of_faiss_that_is_not_what_was_written_is_not_used(tmp_path: Path) -> None:

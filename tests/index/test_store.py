@@ -19,9 +19,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from finelip_fast.errors import InputError, StoreError
-from finelip_fast.index import Index, IndexSpec, Written, restore, stored_dtype, stored_index, stored_source
+from finelip_fast.index import Index, IndexSpec, Written, restore, schema, stored_dtype, stored_index, stored_source
 from finelip_fast.index.catalogue import Catalogue
+from finelip_fast.index.duplicates import duplicates
 from finelip_fast.index.segments import encode, write_segment
+from finelip_fast.index.tune import sample_queries, tune
+from finelip_fast.index.view import View
 
 SPEC = IndexSpec(checkpoint="abc", tokens=3, width=8)
 
@@ -77,10 +80,32 @@ def test_an_index_holds_what_was_added(open_index: Callable[[], Index]) -> None:
     assert "d" not in index
 
 
+def test_a_folder_whose_name_is_not_utf8_is_an_index(tmp_path: Path) -> None:
+    folder = tmp_path / "caf\udce9"
+    with closing(Index(SPEC, folder)) as index:
+        add(index, "a", "b")
+        index.maintain()
+        index.snapshot(tmp_path / "\udce9")
+    for copied in (folder, tmp_path / "\udce9"):
+        with closing(Index(SPEC, copied)) as index:
+            assert [item.id for item in index.search(embeddings(2)[1:], 2).items[0]] == ["b", "a"]
+
+
 def test_adding_nothing_is_nothing(open_index: Callable[[], Index]) -> None:
     index = open_index()
     index.add([], torch.empty(0, 3, 8), [])
     assert len(index) == 0
+
+
+def test_skipping_everything_changes_nothing(open_index: Callable[[], Index]) -> None:
+    index = open_index()
+    add(index, "a", "b")
+    version, view = index.version, index._store.view()
+    assert index.add(["b", "a"], embeddings(2, 1), [{}, {}], existing="skip") == []
+    assert index.version == version
+    assert index._store.view() is view
+    assert index.add(["b", "c"], embeddings(2, 1), [{}, {}], existing="skip") == ["c"]
+    assert index.version == version + 1
 
 
 @pytest.mark.parametrize("k", [1, 3, 5, 50])
@@ -396,7 +421,8 @@ def test_a_closed_index_says_so(open_index: Callable[[], Index]) -> None:
     index.close()
     remedy = "open its folder again" if index.folder else "its items were in memory, and went with it"
     uses = (lambda: add(index, "b"), lambda: index.search(embeddings(1), 1), lambda: len(index), index.maintain)
-    for use in (*uses, index.__enter__):
+    properties = (lambda: index.damaged, lambda: index.incoming, lambda: index.tuning, lambda: index.root)
+    for use in (*uses, *properties, index.check, index.lost, lambda: index.delete([]), index.__enter__):
         with pytest.raises(StoreError, match=f"the index is closed: {remedy}"):
             use()
 
@@ -468,6 +494,72 @@ def test_a_search_that_others_disturb_is_done_again(folder: Path, monkeypatch: p
             assert hits[0][0].id == "item 3"
             monkeypatch.undo()
         assert {item.id for item in hits[0]} == {"item 2", "item 3"}
+
+
+def build_candidates(index: Index) -> None:
+    pytest.importorskip("faiss")
+    index.build_candidates(lists=1, progress=False)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda index: index.embeddings,
+        lambda index: index.embeddings_of(["a"]),
+        lambda index: index.relabel(["a"], ["c"], [{}]),
+        build_candidates,
+        lambda index: duplicates(index, similarity=0.9),
+        sample_queries,
+        lambda index: tune(index, embeddings(1), k=1, candidates=[1], progress=False),
+        Index.build_sketches,
+        Index.maintain,
+        lambda index: index.search(embeddings(1), 1),
+    ],
+)
+def test_a_segment_that_has_become_shorter_is_not_read(folder: Path, use: Callable[[Index], object]) -> None:
+    """The system would end the process if the segment were larger than a page of memory."""
+    with closing(Index(SPEC, folder)) as index:
+        add(index, "a", "b")
+        add(index, "c", seed=1)
+        index.delete(["c"])
+        for file in (folder / "segments").glob("*.safetensors"):
+            os.truncate(file, file.stat().st_size - 50)
+        with pytest.raises(StoreError, match=r"segment .* (has changed in size|cannot be read)|items are damaged"):
+            use(index)
+        assert index.ids == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [
+        sample_queries,
+        lambda index: tune(index, embeddings(2, seed=3), answers=["a", "b"], k=1, candidates=[1], progress=False),
+        Index.build_sketches,
+    ],
+    ids=["sample", "tune", "sketch"],
+)
+def test_what_another_process_compacts_meanwhile_is_measured_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, measure: Callable[[Index], object]
+) -> None:
+    with closing(Index(SPEC, folder)) as writer, closing(Index(SPEC, folder)) as index:
+        add(writer, "a", "b", seed=1)
+        add(writer, "c", seed=2)
+        read_rows = View.read
+        disturbed = []
+
+        def compacted(*arguments: Any) -> Tensor:
+            if not disturbed:
+                disturbed.append(True)
+                writer.maintain()
+            return read_rows(*arguments)
+
+        monkeypatch.setattr(View, "read", compacted)
+        assert measure(index) is not None
+        assert disturbed
+        monkeypatch.undo()
+        next(iter((folder / "segments").glob("*.safetensors"))).unlink()
+        with pytest.raises(StoreError, match="is missing; restore it"):
+            sample_queries(index)
 
 
 @pytest.mark.parametrize("damage", [lambda file: file.unlink(), lambda file: file.write_bytes(file.read_bytes()[:-9])])
@@ -622,6 +714,23 @@ def test_any_sequence_of_changes_is_a_dictionary(
 # What users meet -------------------------------------------------------------------------------------------------------
 
 
+def test_an_empty_segment_of_a_worker_adds_nothing(folder: Path) -> None:
+    with closing(Index(SPEC, folder)) as index:
+        add(index, "a")
+        version = index.version
+        name, crcs = write_segment(index.incoming, encode(embeddings(0), "float16"))
+        index.adopt([Written(name, [], crcs, [])])
+        assert (index.version, list(index.incoming.iterdir())) == (version, [])
+        index.adopt([])
+        assert index.version == version
+        with pytest.raises(InputError, match="expected checksums and metadata for 1 ids"):
+            index.adopt([Written(name, ["b"], [], [{}])])
+        with pytest.raises(StoreError, match="expected a file name"):
+            index.adopt([Written("../catalogue.sqlite", [], [], [])])
+    with closing(Index(SPEC, folder)) as index:
+        assert index.ids == ["a"]
+
+
 def test_the_public_names_are_what_a_user_needs() -> None:
     with Index(SPEC) as index:
         names = {name for name in dir(index) if not name.startswith("_")}
@@ -669,6 +778,41 @@ def test_present_tells_which_ids_are_there() -> None:
     assert index.present(["b", "c", "a", "a"]) == {"a", "b"}
     with pytest.raises(InputError, match="expected ids of type str, got 5"):
         index.present(["a", 5])
+
+
+def test_an_older_version_knows_its_items_by_id(folder: Path) -> None:
+    rows = embeddings(3)
+    with closing(Index(SPEC, folder)) as index:
+        index.add(["a", "b"], rows[:2], [{"n": 1}, {"n": 2}])
+        version = index.version
+        index.delete(["a"])
+        index.upsert(["b"], rows[2:], [{"n": 3}])
+        index.add(["c"], rows[2:], [{}])
+        index.add(["a"], rows[2:], [{"n": 4}])
+        ids = ["a", "b", "c"]
+        with closing(Index(SPEC, folder, version=version)) as old:
+            assert [item in old for item in ids] == [True, True, False]
+            assert old.present(ids) == {"a", "b"}
+            assert {item.id: item.metadata for item in old.get(ids).values()} == {"a": {"n": 1}, "b": {"n": 2}}
+            assert torch.equal(torch.stack([*old.embeddings_of(ids).values()]).half(), old.embeddings)
+            index.maintain()
+            for call in (old.get, old.present, old.embeddings_of, old.__contains__):
+                with pytest.raises(StoreError, match="expected version from"):
+                    call("a" if call == old.__contains__ else ids)
+        assert [item.metadata for item in index.get(ids).values()] == [{"n": 3}, {}, {"n": 4}]
+
+
+def test_an_index_with_too_many_fields_to_speed_up_is_not_made(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schema, "_MOST_FIELDS", 2)
+    with closing(Index(SPEC, folder)) as index:
+        index.add(["a", "b"], embeddings(2), [{"x": 1, "z": 1}, {"x": 2, "z": 2}])
+        index.speed_up("x")
+        index.speed_up("y")
+        with pytest.raises(InputError, match=r"expected at most 2 fields to speed up.* filters can compare this field"):
+            index.speed_up("z")
+        index.speed_up("x")  # is there
+    with closing(Index(SPEC, folder)) as index:
+        assert [item.id for item in index.items(where="z = 2 and x = 2")] == ["b"]
 
 
 def test_items_get_other_ids_and_keep_their_embeddings(open_index: Callable[[], Index]) -> None:

@@ -326,10 +326,10 @@ def test_copies_in_int8_of_embeddings_that_were_damaged_go_when_they_are_restore
         add(index, "a", "b", "c")
         (row,) = index._store.view().layout.segments
         path = folder / "segments" / row.name
-        segment = index._store.view().segments[0]
+        segment, embedding = index._store.view().segments[0], index.embeddings[1].numpy().tobytes()
         save_file({name: values.clone() for name, values in segment.arrays.items()}, path)
         content = path.read_bytes()
-        damaged = content.replace(index.embeddings[1].numpy().tobytes(), bytes(48))
+        damaged = content.replace(embedding, bytes(48))
         assert damaged != content
     path.write_bytes(damaged)
     with closing(Index(SPEC, folder)) as index:
@@ -383,7 +383,7 @@ def test_a_segment_that_was_replaced_goes_though_its_process_was_killed_then(
         add(index, "a")
         add(index, "b", seed=1)
         with monkeypatch.context() as patch:
-            patch.setattr(upkeep, "_sweep", lambda store: None)
+            patch.setattr(upkeep, "sweep", lambda store: None)
             index.maintain()
         assert len(list((folder / "segments").glob("*.safetensors"))) == 3
         assert index.maintain()["unreferenced_segments"] == 0

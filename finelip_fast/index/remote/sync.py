@@ -14,6 +14,7 @@ from dataclasses import asdict
 from os import PathLike
 from typing import Any
 
+from finelip_fast._arguments import whole_number
 from finelip_fast.errors import InputError, StoreError
 from finelip_fast.index import remedies
 from finelip_fast.index.arrays import checksums
@@ -111,9 +112,7 @@ def pull(
     """
     from tqdm import tqdm
 
-    number, parts = part
-    if not 0 <= number < parts:
-        raise InputError(f"expected a part (i, n) with 0 <= i < n, got ({number}, {parts})")
+    number, parts = _checked_part(part)
     counts: dict[str, int] = dict.fromkeys(("added", "replaced", "removed", "unchanged"), 0)
     dataset, first = store.dataset(), 0
     version = int(dataset.version)
@@ -146,6 +145,16 @@ def pull(
             index._store.catalogue.keep(_COPY, {**note, "version": version})
     refuse_damaged(damaged, store.uri)
     return counts | {"version": version}
+
+
+def _checked_part(part: Any) -> tuple[int, int]:
+    try:
+        number, parts = (whole_number("a number of the part", value, least=0) for value in part)
+        if number < parts:
+            return number, parts
+    except (TypeError, ValueError):
+        pass
+    raise InputError(f"expected a part (i, n) of integers with 0 <= i < n, got {part!r:.80}")
 
 
 def _transfer(

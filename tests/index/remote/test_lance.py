@@ -390,9 +390,10 @@ def test_parts_are_disjoint_and_complete(store: LanceStore, tmp_path: Path) -> N
         assert push(part, store, remove=False)["unchanged"] == len(part)
     pull(store, tmp_path / "1", part=(1, 2))  # another division moves what it must
     assert set(pulled(tmp_path / "1")) == {item for item in names(40) if zlib.crc32(item.encode()) % 2 == 1}
-    for wrong in ((3, 3), (-1, 2), (0, 0)):
-        with pytest.raises(InputError, match=r"expected a part \(i, n\) with 0 <= i < n, got"):
-            pull(store, tmp_path / "1", part=wrong)
+    for wrong in ((3, 3), (-1, 2), (0, 0), (0.5, 2), ("0", 1), (True, 2), "01", (0,), (0, 1, 2), None):
+        with pytest.raises(InputError, match=r"expected a part \(i, n\) of integers with 0 <= i < n, got"):
+            pull(store, tmp_path / "1", part=wrong)  # type: ignore[arg-type]
+    assert len(pulled(tmp_path / "1"))
 
 
 @pytest.mark.usefixtures("small_changes")
