@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from finelip_fast._arguments import folder_path
 from finelip_fast._files import file_hash, write_error
 from finelip_fast.errors import EngineError, FineLIPError, InputError
 from finelip_fast.export import parity
@@ -23,9 +24,20 @@ def export_path(out: str | os.PathLike[str], *, keep_failed: bool) -> Path:
     """Return the absolute path of a folder that an export may replace, as it may replace ``failed-…`` beside it.
 
     Raises:
-        InputError: There is a file of that name, or a folder with contents that are not an export's and would be lost.
+        InputError: Not the name of a folder, there is a file of that name, or a folder that cannot be read or has contents
+            that are not an export's and would be lost.
     """
-    folder = Path(os.path.realpath(out))
+    folder = Path(os.path.realpath(folder_path("out", out)))
+    try:
+        _check_replaceable(folder, keep_failed)
+    except OSError as error:  # such as a name that is too long
+        raise InputError(
+            f"expected a folder for the export, got {str(out)!r:.200}: {error.strerror}; give another --out (out=)"
+        ) from None
+    return folder
+
+
+def _check_replaceable(folder: Path, keep_failed: bool) -> None:
     for path in (folder, _failed(folder)) if keep_failed else (folder,):
         if path.exists() and not path.is_dir():
             raise InputError(f"expected a folder for the export, got the file {str(path)!r}; give another --out (out=)")
@@ -34,9 +46,9 @@ def export_path(out: str | os.PathLike[str], *, keep_failed: bool) -> Path:
         if foreign:
             raise InputError(
                 f"expected a new folder for the export, an empty one or that of an earlier export, got {str(path)!r}, "
-                f"which has other contents ({', '.join(foreign):.80}) and would lose them; give another --out (out=)"
+                f"which has other contents ({', '.join(foreign):.80}) and would lose them; move them, or give another --out "
+                "(out=)"
             )
-    return folder
 
 
 def _failed(folder: Path) -> Path:
@@ -51,7 +63,8 @@ def being_written(folder: Path, keep_failed: bool) -> Iterator[Path]:
     Raises:
         WriteError: The folder cannot be written. Its previous contents are kept.
     """
-    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.partial")
+    # Short, since the folder's own name may have the maximum length.
+    partial = folder.with_name(f".{uuid.uuid4().hex}.partial")
     try:
         partial.mkdir(parents=True)
         yield partial

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from finelip_fast import checkpoint as checkpoints
 from finelip_fast._arguments import one_of
-from finelip_fast._files import installed
+from finelip_fast._versions import installed
 from finelip_fast.errors import EngineError, InputError
 from finelip_fast.export import graphs, parity, quantize
 from finelip_fast.export.precision import HALF, in_half, rounding_twin
@@ -41,6 +41,8 @@ from finelip_fast.runtimes.onnx import CPU_ONLY, OnnxGraph, has_cuda
 EXTRAS = ("image_uint8", "scorer")
 CALIBRATION = "scenes:val:64"
 
+_CALIBRATED = "int8-calibrated"
+
 
 def export_onnx(
     checkpoint: str | os.PathLike[str] | None = None,
@@ -49,8 +51,8 @@ def export_onnx(
     out: str | os.PathLike[str] | None = None,
     opset: int = graphs.OPSET,
     extras: Sequence[str] = (),
-    data: str = parity.DATA,
-    calibration: str = CALIBRATION,
+    data: str | None = None,
+    calibration: str | None = None,
     keep_failed: bool = False,
     again: bool = False,
     progress: bool = True,
@@ -65,10 +67,12 @@ def export_onnx(
         out: Folder to write; None means ``exports/onnx-PRECISION`` beside the checkpoint, where engines look.
         opset: ONNX operator set, at least 18.
         extras: Additional graphs: ``"image_uint8"``, ``"scorer"``; see :mod:`finelip_fast.export.graphs`.
-        data: Held-out pairs for the comparison, as :func:`finelip_fast.datasets.open_dataset` takes them.
-        calibration: Pairs to calibrate with, different from those.
+        data: Held-out pairs for the comparison, as :func:`finelip_fast.datasets.open_dataset` takes them; None: those that an
+            existing export was compared on, or ``scenes:test:200``.
+        calibration: Pairs to calibrate ``"int8-calibrated"`` with, different from those; None: those of an existing export, or
+            ``scenes:val:64``.
         keep_failed: Whether to keep refused files, as ``failed-…`` beside the folder.
-        again: Whether to export even if a proven export of this checkpoint exists.
+        again: Whether to export even if a proven export of this checkpoint with these options exists.
         progress: Whether to show progress on stderr.
         reference: Embeddings of this checkpoint's model on ``data``, if there are any from another export.
 
@@ -86,16 +90,22 @@ def export_onnx(
         raise InputError(f"expected extras of {EXTRAS}, got {sorted(unknown)}")
     if opset < graphs.LEAST_OPSET:
         raise InputError(f"expected opset of at least {graphs.LEAST_OPSET}, got {opset}")
-    folder = (
-        exports_folder(checkpoint) / f"onnx-{precision}" if out is None else export_path(out, keep_failed=keep_failed)
+    if calibration is not None and precision != _CALIBRATED:
+        raise InputError(
+            f"expected calibration with precision {_CALIBRATED!r} alone, got it with {precision!r}; leave it out"
+        )
+    folder = export_path(
+        exports_folder(checkpoint) / f"onnx-{precision}" if out is None else out, keep_failed=keep_failed
     )
     model = checkpoints.load(checkpoint) if reference is None else reference.model
     fingerprint = checkpoints.fingerprint(model)
     names = ["image", "text", *extras]
-    options = {"opset": opset}
-    if not again and _up_to_date(folder, fingerprint, options, names):
+    options: dict[str, Any] = {"opset": opset} | ({} if calibration is None else {"calibration": calibration})
+    if not again and _up_to_date(folder, fingerprint, options, names, data):
         return folder
-    reference = reference or parity.Reference(model, data, progress=progress)
+    if precision == _CALIBRATED:
+        options["calibration"] = calibration = calibration or CALIBRATION
+    reference = reference or parity.Reference(model, data or parity.DATA, progress=progress)
     with being_written(folder, keep_failed) as partial:  # first of all, so that an unwritable folder fails at once
         for name in tqdm(names, desc=f"export, {precision}", unit="graph", disable=not progress, leave=False):
             proto = graphs.build(model, name, opset=opset, metadata={"finelip.checkpoint": fingerprint})
@@ -121,21 +131,24 @@ def export_onnx(
 # ---- Graphs
 
 
-def _up_to_date(folder: Path, fingerprint: str, options: dict[str, Any], names: Sequence[str]) -> bool:
+def _up_to_date(
+    folder: Path, fingerprint: str, options: dict[str, Any], names: Sequence[str], data: str | None
+) -> bool:
     try:
         export: Export = read(folder)
         export.check(fingerprint, "", **options)
     except EngineError:
         return False
-    return all(f"{name}.onnx" in export.manifest.files for name in names)
+    is_compared = data is None or export.manifest.proof.get("pairs") == data
+    return is_compared and all(f"{name}.onnx" in export.manifest.files for name in names)
 
 
-def _in_precision(proto: ModelProto, name: str, precision: str, model: FineLIP, calibration: str) -> ModelProto:
+def _in_precision(proto: ModelProto, name: str, precision: str, model: FineLIP, calibration: str | None) -> ModelProto:
     if name == "scorer" or precision == "fp32":
         return proto  # scores are always float32
     if precision == "int8":
         return quantize.by_rows(proto)
-    if precision == "int8-calibrated":
+    if calibration is not None:
         return quantize.calibrated(in_half(proto, "fp16"), _calibration_batches(model, name, calibration))
     return in_half(proto, precision)
 
@@ -188,7 +201,8 @@ def run(
     out: str | None,
     uint8: bool,
     scorer: bool,
-    data: str,
+    data: str | None,
+    calibration: str | None,
     progress: bool,
     **options: Any,
 ) -> dict[str, Any]:
@@ -198,14 +212,18 @@ def run(
         Folders and proofs, by precision.
 
     Raises:
-        InputError: Several precisions with a single folder.
+        InputError: Several precisions with a single folder, or a calibration for none of them.
     """
     for name in precision:
         one_of("precision", name, PRECISIONS)
     if out and len(precision) > 1:
         raise InputError("expected one --precision with --out, got several: each is a folder of its own")
+    if calibration is not None and _CALIBRATED not in precision:
+        raise InputError(
+            f"expected --calibration with --precision {_CALIBRATED}, got {' '.join(precision)}; leave it out"
+        )
     model = checkpoints.load(checkpoint) if len(precision) > 1 else None
-    reference = parity.Reference(model, data, progress=progress) if model is not None else None
+    reference = parity.Reference(model, data or parity.DATA, progress=progress) if model is not None else None
     extras = [name for name, requested in zip(EXTRAS, (uint8, scorer), strict=True) if requested]
     exports: dict[str, Any] = {}
     for name in precision:
@@ -215,6 +233,7 @@ def run(
             out=out,
             extras=extras,
             data=data,
+            calibration=calibration if name == _CALIBRATED else None,
             progress=progress,
             reference=reference,
             **options,

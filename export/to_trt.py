@@ -26,7 +26,7 @@ import torch
 
 from finelip_fast import checkpoint as checkpoints
 from finelip_fast._arguments import one_of
-from finelip_fast._files import installed
+from finelip_fast._versions import installed
 from finelip_fast.config import FineLIPConfig
 from finelip_fast.errors import EngineError, InputError
 from finelip_fast.export import parity, to_onnx
@@ -53,7 +53,7 @@ def export_trt(
     out: str | os.PathLike[str] | None = None,
     builder: Builder | None = None,
     refit: str | os.PathLike[str] | None = None,
-    data: str = parity.DATA,
+    data: str | None = None,
     keep_failed: bool = False,
     again: bool = False,
     progress: bool = True,
@@ -71,7 +71,8 @@ def export_trt(
             (``exports/stripped-trt-…`` for plans without weights, which no engine can run).
         builder: Options of the builder.
         refit: Folder of refittable plans to fill with this checkpoint's weights instead of building; its profile is kept.
-        data: Held-out pairs for the comparison, as :func:`finelip_fast.datasets.open_dataset` takes them.
+        data: Held-out pairs for the comparison, as :func:`finelip_fast.datasets.open_dataset` takes them; None: those that
+            existing plans were compared on, or ``scenes:test:200``. Existing plans are compared again on other pairs.
         keep_failed: Whether to keep refused files, as ``failed-…`` beside the folder.
         again: Whether to build even if the same plans exist.
         progress: Whether to show progress on stderr.
@@ -90,10 +91,9 @@ def export_trt(
     batches = profile_batches(profile)
     builder = builder or Builder()
     target = find_target(compute_capability)
-    folder = (
-        _folder(checkpoint, precision, target.compute_capability, builder.strip)
-        if out is None
-        else export_path(out, keep_failed=keep_failed)
+    folder = export_path(
+        _folder(checkpoint, precision, target.compute_capability, builder.strip) if out is None else out,
+        keep_failed=keep_failed,
     )
     _check_gpu_options(builder, refit is not None)
     old = None if refit is None else _read_refittable(Path(refit), precision)
@@ -114,7 +114,9 @@ def export_trt(
         options=options,
     )
     if not again and _up_to_date(folder, manifest):
-        if _provable(read(folder).manifest):
+        existing = read(folder).manifest
+        is_compared = existing.proven and data in (None, existing.proof.get("pairs"))
+        if not is_compared and _runs_here(existing):
             prove_trt(checkpoint, folder, data=data, keep_failed=keep_failed, progress=progress)
         return folder
     with being_written(folder, keep_failed) as partial:
@@ -127,7 +129,7 @@ def export_trt(
                 plan = build_plan(path, shapes, target, builder, progress=progress)
             (partial / f"{name}.plan").write_bytes(plan)
         manifest = dataclasses.replace(manifest, files=hashes(partial))
-        if _provable(manifest):
+        if _runs_here(manifest):
             report = _compare(partial, manifest, checkpoint, data, progress)
             finish(partial, report, dataclasses.replace(manifest, proof=report.summary()))
         else:
@@ -139,7 +141,7 @@ def prove_trt(
     checkpoint: str | os.PathLike[str] | None,
     folder: Path,
     *,
-    data: str = parity.DATA,
+    data: str | None = None,
     keep_failed: bool = False,
     progress: bool = True,
 ) -> Path:
@@ -154,10 +156,12 @@ def prove_trt(
         The folder, whose manifest now has the proof.
 
     Raises:
+        InputError: A folder with other contents beside the plans.
         EngineError: No TensorRT or no GPU here, plans that are not for it or not of this checkpoint, or plans that do not
             reproduce the model, which are deleted.
         WriteError: The folder cannot be written; the plans are kept.
     """
+    folder = export_path(folder, keep_failed=keep_failed)
     export = read(folder)
     machine = runtime.machine(module=export.manifest.options.get("module"))
     _check_but_proof(
@@ -311,16 +315,16 @@ def _check_but_proof(export: Export, fingerprint: str, rebuild: str, **expected:
     Export(export.folder, proven).check(fingerprint, rebuild, **expected)
 
 
-def _provable(manifest: Manifest) -> bool:
-    """Whether plans are not proven yet and the GPU that can prove them is here."""
-    if manifest.proven or manifest.options["stripped"] or runtime.why_not() is not None:
+def _runs_here(manifest: Manifest) -> bool:
+    """Whether the GPU that plans are for is here, to compare them with the model."""
+    if manifest.options["stripped"] or runtime.why_not() is not None:
         return False
     expected = runtime.expected_options(manifest.options, runtime.machine(module=manifest.options["module"]))
     return all(manifest.options[name] == value for name, value in expected.items())
 
 
 def _compare(
-    folder: Path, manifest: Manifest, checkpoint: str | os.PathLike[str] | None, data: str, progress: bool
+    folder: Path, manifest: Manifest, checkpoint: str | os.PathLike[str] | None, data: str | None, progress: bool
 ) -> parity.Report:
     device = torch.device("cuda", torch.cuda.current_device())
     image, text = (
@@ -333,7 +337,7 @@ def _compare(
         )
         for name in _GRAPHS
     )
-    reference = parity.Reference(checkpoints.load(checkpoint), data, progress=progress)
+    reference = parity.Reference(checkpoints.load(checkpoint), data or parity.DATA, progress=progress)
     precision = runtime.ONNX_PRECISION.get(manifest.precision, manifest.precision)
     return parity.prove(reference, parity.Encoders(image, text), precision, on=torch.cuda.get_device_name(device))
 
@@ -391,7 +395,7 @@ def run(
     out: str | None,
     refit: str | None,
     prove: bool,
-    data: str,
+    data: str | None,
     keep_failed: bool,
     again: bool,
     progress: bool,
@@ -405,7 +409,7 @@ def run(
     one_of("precision", precision, PRECISIONS)
     if prove:
         machine = runtime.machine()
-        folder = Path(out or _folder(checkpoint, precision, machine.compute_capability, False))
+        folder = _folder(checkpoint, precision, machine.compute_capability, False) if out is None else Path(out)
         folder = prove_trt(checkpoint, folder, data=data, keep_failed=keep_failed, progress=progress)
     else:
         folder = export_trt(

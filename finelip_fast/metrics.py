@@ -10,10 +10,12 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Mapping
+from numbers import Real
 
 import torch
 from torch import Tensor
 
+from finelip_fast._arguments import listed, whole_number
 from finelip_fast.errors import InputError
 
 WAYS = ("i2t", "t2i")  # a picture looks for its captions; a caption looks for its picture
@@ -102,9 +104,10 @@ def summary(ranks: Tensor, ks: tuple[int, ...] = (1, 5, 10)) -> dict[str, float]
         ``mrr``, the mean of 1 / rank (Voorhees, TREC-8, 1999).
 
     Raises:
-        InputError: The shape or dtype is wrong, there are no ranks, or a rank is below 1.
+        InputError: The shape or dtype is wrong, there are no ranks, or a rank or a cut-off is below 1.
     """
     _check_tensors(ranks=ranks)
+    ks = tuple(whole_number("ks", k) for k in listed("ks", ks))
     if ranks.ndim != 1 or not ranks.numel() or ranks.is_floating_point() or ranks.dtype == torch.bool:
         raise InputError(f"expected ranks [Q] of integers, not empty, got {_described(ranks)}")
     if ranks.min() < 1:
@@ -203,10 +206,10 @@ def bootstrap_interval(
         raise InputError(f"expected values [n] of numbers, not empty, got {_described(values)}")
     if not values.isfinite().all():
         raise InputError("expected finite values, got NaN or infinity")
-    if not 0 < confidence < 1:
-        raise InputError(f"expected confidence in (0, 1), got {confidence}")
-    if resamples < 1:
-        raise InputError(f"expected at least 1 resample, got {resamples}")
+    if not isinstance(confidence, Real) or not 0 < confidence < 1:
+        raise InputError(f"expected confidence in (0, 1), got {confidence!r:.80}")
+    resamples = whole_number("resamples", resamples)
+    seed = whole_number("seed", seed, least=-(1 << 63), most=(1 << 64) - 1)
     sums = values.to("cpu", torch.float64)  # draws on the CPU, since devices have different generators
     sizes = torch.ones_like(sums)
     if groups is not None:

@@ -266,6 +266,14 @@ def test_summary_refuses(values, message):
         summary(values)
 
 
+@pytest.mark.parametrize(
+    ("ks", "message"), [(5, "ks to be a list"), ((0,), "ks of at least 1"), ((1.5,), "ks to be an integer")]
+)
+def test_cut_offs_are_whole_numbers(ks, message):
+    with pytest.raises(InputError, match=message):
+        summary(torch.tensor([1, 2]), ks)
+
+
 def test_quality_by_eye():
     values = {"i2t_recall@1": 0.2, "i2t_mrr": 0.3, "t2i_recall@1": 0.4, "t2i_mrr": 0.6}
     assert quality(values) == (0.3, 0.45)
@@ -337,7 +345,11 @@ def test_bootstrap_in_small_blocks_is_the_same(monkeypatch):
         (torch.zeros(2, 2), {}, r"got \[2, 2\]"),
         (torch.tensor([1.0, NAN]), {}, "finite"),
         (torch.zeros(3), {"confidence": 1.0}, r"confidence in \(0, 1\), got 1.0"),
-        (torch.zeros(3), {"resamples": 0}, "at least 1 resample, got 0"),
+        (torch.zeros(3), {"confidence": "95 %"}, r"confidence in \(0, 1\), got '95 %'"),
+        (torch.zeros(3), {"resamples": 0}, "resamples of at least 1, got 0"),
+        (torch.zeros(3), {"resamples": 2000.0}, r"resamples to be an integer, got 2000\.0"),
+        (torch.zeros(3), {"seed": "0"}, "seed to be an integer, got '0'"),
+        (torch.zeros(3), {"seed": 1 << 64}, "seed of at most"),
         (torch.zeros(3), {"groups": torch.arange(2)}, r"groups \[3\] of integers, got \[2\]"),
         (torch.zeros(3), {"groups": torch.zeros(3)}, "of integers, got .* of float32"),
     ],

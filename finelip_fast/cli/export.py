@@ -10,17 +10,21 @@ from finelip_fast.cli.commands import PRECISIONS, Group, Several, is_quiet
 from finelip_fast.cli.values import OneOf
 
 _RENAMED = {"--pairs": "--data"}
-_DATA = "scenes:test:200"
 
 _checkpoint_argument = click.argument("checkpoint", required=False)
 _out_option = click.option(
     "--out", metavar="FOLDER", help="Folder to write.  [default: beside the checkpoint, where engines look]"
 )
-_data_option = click.option("--data", help="Pairs to compare the files with the model on.", default=_DATA)
+_data_option = click.option(
+    "--data",
+    help="Pairs to compare the files with the model on.  [default: those of an existing export, or scenes:test:200]",
+)
 _keep_failed_option = click.option(
     "--keep-failed", is_flag=True, help="Keep files that fail the comparison, in a folder named failed-… beside it."
 )
-_again_option = click.option("--again", is_flag=True, help="Export again even if a proven export exists.")
+_again_option = click.option(
+    "--again", is_flag=True, help="Export again even if a proven export with these options exists."
+)
 
 
 @click.group(cls=Group)
@@ -42,7 +46,11 @@ def export() -> None:
 @click.option("--uint8", is_flag=True, help="Also write a graph that takes uint8 pixels and normalises them itself.")
 @click.option("--scorer", is_flag=True, help="Also write a graph from embeddings to scores.")
 @_data_option
-@click.option("--calibration", default="scenes:val:64", metavar="DATA", help="Pairs to calibrate int8 on.")
+@click.option(
+    "--calibration",
+    metavar="DATA",
+    help="Pairs to calibrate int8-calibrated on.  [default: those of an existing export, or scenes:val:64]",
+)
 @_keep_failed_option
 @_again_option
 def _onnx(checkpoint: str | None, **options: Any) -> Any:

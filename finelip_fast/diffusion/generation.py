@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
+import math
+import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +18,10 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from finelip_fast._arguments import find_device, whole_number
-from finelip_fast._files import installed, write_whole
+from finelip_fast._arguments import find_device, folder_path, sound_text, whole_number
+from finelip_fast._files import write_error, write_whole
 from finelip_fast._terminal import printable
+from finelip_fast._versions import library_version
 from finelip_fast.checkpoint import load
 from finelip_fast.checkpoint.building import CLIP_CONTEXT
 from finelip_fast.diffusion.extension import Layer, Second, check_choices, extend
@@ -119,16 +124,17 @@ def generate(
         CheckpointError: The checkpoint or the pipeline cannot be opened.
         WriteError: The file cannot be written.
     """
-    path = Path(out)
-    if path.suffix.lower() != ".png" or not path.parent.is_dir():
-        raise InputError(f"expected out to be a .png file in an existing folder, got {out!r:.200}")
-    if not text.strip():
+    path = _checked_out(out)
+    if not sound_text("text", text).strip():
         raise InputError("expected a description, got an empty one")
+    for name, value in (("checkpoint", checkpoint), ("pipeline", pipeline)):
+        if not isinstance(value, str):
+            raise InputError(f"expected {name} to be a folder or a name, got {value!r:.80}")
     seed = secrets.randbelow(1 << 32) if seed is None else whole_number("seed", seed, least=0, most=(1 << 63) - 1)
     options: dict[str, Any] = {
         "num_inference_steps": None if steps is None else whole_number("steps", steps),
-        "guidance_scale": guidance_scale,
-        "negative_prompt": negative_prompt,
+        "guidance_scale": None if guidance_scale is None else _finite("guidance_scale", guidance_scale),
+        "negative_prompt": None if negative_prompt is None else sound_text("negative_prompt", negative_prompt),
     }
     options = {name: value for name, value in options.items() if value is not None}
     check_choices(layer, second)
@@ -137,6 +143,8 @@ def generate(
     with messages(progress):
         model = load(checkpoint, where)
         network = open_pipeline(pipeline, where)
+        if steps is not None:  # a scheduler divides the steps of its training
+            whole_number("steps", steps, most=getattr(network.scheduler.config, "num_train_timesteps", None))
         length = (network.tokenizer or network.tokenizer_2).model_max_length
         if compare_77 and length != CLIP_CONTEXT:
             raise InputError(
@@ -159,12 +167,33 @@ def generate(
         "layer": layer or "the pipeline's own",
         "second": second,
         "context_length": str(model.config.context_length),
-        "software": f"finelip-fast {installed('finelip-fast').get('finelip-fast', '')}",
+        "software": f"finelip-fast {library_version()}",
     }
     _write(path, _side_by_side(pictures), settings)
     lengths = [CLIP_CONTEXT, model.config.context_length][-len(pictures) :]
     drawn = [_compared(model, picture, text, length) for picture, length in zip(pictures, lengths, strict=True)]
     return Generation(out, settings, tuple(drawn))
+
+
+def _checked_out(out: Any) -> Path:
+    path = folder_path("out", out)
+    try:
+        is_sound = path.suffix.lower() == ".png" and path.parent.is_dir()
+        if is_sound and path.exists() and not path.is_file():
+            raise InputError(f"expected out to be a file, got {out!r:.200}, which is none; name another")
+    except OSError as error:  # such as a name that is too long
+        raise InputError(f"expected out to be a .png file, got {out!r:.200}: {error.strerror}") from None
+    if not is_sound:
+        raise InputError(f"expected out to be a .png file in an existing folder, got {out!r:.200}")
+    if not os.access(path.parent, os.W_OK):
+        raise write_error(path, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+    return path
+
+
+def _finite(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        raise InputError(f"expected {name} to be a finite number, got {value!r:.80}")
+    return float(value)
 
 
 def open_pipeline(name: str, device: torch.device) -> Any:
@@ -214,7 +243,7 @@ def _side_by_side(pictures: list[Image.Image]) -> Image.Image:
 def _write(path: Path, picture: Image.Image, settings: dict[str, str]) -> None:
     metadata = PngInfo()
     for name, value in settings.items():
-        metadata.add_itxt(name, value)
+        metadata.add_itxt(name, value.encode(errors="replace").decode())  # names of folders may not be UTF-8
     write_whole(path, lambda temporary: picture.save(temporary, "PNG", pnginfo=metadata))
 
 

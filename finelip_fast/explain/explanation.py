@@ -15,6 +15,7 @@ contributes. Only the similarity of the features of words and patches can then b
 from __future__ import annotations
 
 import math
+import operator
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from finelip_fast._arguments import one_of
+from finelip_fast._arguments import one_of, whole_number
 from finelip_fast._terminal import printable
 from finelip_fast.errors import InputError
 from finelip_fast.explain import pictures
@@ -145,7 +146,11 @@ class Explanation:
 
         Without trained aggregators, that is every word, since none adds to the score.
         """
-        return tuple(word for word in self.words if float(self.contributions[word.first : word.last].sum()) <= 0)
+        return tuple(word for word in self.words if self.added_by(word) <= 0)
+
+    def added_by(self, word: Word) -> float:
+        """Return what a word adds to the score: the sum of its contributions, 0 without trained aggregators."""
+        return float(self.contributions[word.first : word.last].sum())
 
     @property
     def text_matches(self) -> Tensor:
@@ -161,7 +166,11 @@ class Explanation:
         """Return the matches that add most to the score, at most ``k``, each with at most ``parts`` words and patches.
 
         The global cosine is not a match; if its two rows match each other, that match counts here as in the fine score.
+
+        Raises:
+            InputError: ``k`` or ``parts`` is not an integer, or is negative.
         """
+        k, parts = whole_number("k", k, least=0), whole_number("parts", parts, least=0)
         adds = (1 - self.alpha) * match_weights(self.similarity) * self.similarity
         order = adds.abs().flatten().argsort(descending=True, stable=True)[: min(k, int(adds.count_nonzero()))]
         matches = []
@@ -185,21 +194,28 @@ class Explanation:
         """Return the tokens ``(first, last + 1)`` of a phrase, extended to whole words.
 
         Args:
-            phrase: Words of the caption in any case, of which the first occurrence counts; or ``(start, end)`` in characters.
+            phrase: Words of the caption in any case and with any white space between them, of which the first occurrence
+                counts; or ``(start, end)`` in characters.
 
         Raises:
             InputError: The caption does not contain the phrase, or not within the context.
         """
         if isinstance(phrase, str):
             # lower() would not do: it can change the length of the text.
-            match = re.search(re.escape(phrase.strip()), self.caption, re.IGNORECASE) if phrase.strip() else None
+            pattern = r"\s+".join(map(re.escape, phrase.split()))
+            match = re.search(pattern, self.caption, re.IGNORECASE) if pattern else None
             if match is None:
                 raise InputError(
                     f"expected words of the caption, got {phrase!r:.80}; the caption is {self.caption!r:.400}"
                 )
             start, end = match.span()
         else:
-            start, end = phrase
+            try:
+                start, end = map(operator.index, phrase)
+            except (TypeError, ValueError):
+                raise InputError(
+                    f"expected words of the caption, or their (start, end) in characters, got {phrase!r:.80}"
+                ) from None
             if not 0 <= start < end <= len(self.caption) or not self.caption[start:end].strip():
                 raise InputError(f"expected (start, end) around words in 0..{len(self.caption)}, got {phrase!r}")
             end -= len(self.caption[start:end]) - len(self.caption[start:end].rstrip())
@@ -252,9 +268,13 @@ class Explanation:
             InputError: A box that contains no patch's centre, or an unavailable map.
         """
         self._check_map(tokens)
-        inside = patches_inside(box, self.side)
+        try:
+            x0, y0, x1, y1 = map(float, box)
+            inside = patches_inside((x0, y0, x1, y1), self.side)
+        except (TypeError, ValueError, OverflowError):
+            inside = torch.zeros(0, dtype=torch.bool)
         if not inside.any():
-            raise InputError(f"expected a box (x0, y0, x1, y1) in [0, 1] around a patch's centre, got {box}")
+            raise InputError(f"expected a box (x0, y0, x1, y1) in [0, 1] around a patch's centre, got {box!r:.80}")
         if tokens == "aggregated":
             per_token = self.contributions[:, 1:][:, inside].sum(dim=1)
             values = [float(per_token[word.first : word.last].sum()) for word in self.words]
@@ -300,8 +320,7 @@ class Explanation:
         and where the map of the whole caption, that of its end token, peaks."""
         words = []
         for word in self.words:
-            added = float(self.contributions[word.first : word.last].sum())
-            place = {"text": word.text, "start": word.start, "end": word.end, "adds": added}
+            place = {"text": word.text, "start": word.start, "end": word.end, "adds": self.added_by(word)}
             words.append(place | self.peak(word.first, word.last))
         scores = {name: getattr(self, name) for name in ("score", "global_score", "fine_score", "alpha")}
         end = len(self.contributions)

@@ -59,10 +59,8 @@ def page(explanation: Explanation, path: str | PathLike[str] | None) -> str:
     """Return the page as text, and write it to ``path`` if given."""
     pieces, end = [], 0
     for word in explanation.words:
-        adds = float(explanation.contributions[word.first : word.last].sum())
-        pieces.append(
-            {"before": explanation.caption[end : word.start], "text": word.text, "name": word.bare, "adds": adds}
-        )
+        before, adds = explanation.caption[end : word.start], explanation.added_by(word)
+        pieces.append({"before": before, "text": word.text, "name": word.bare, "adds": adds})
         end = word.end
     text = render(
         "explanation.html",

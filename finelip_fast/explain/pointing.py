@@ -11,6 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from finelip_fast._arguments import whole_number
 from finelip_fast.datasets import Example, PairDataset
 from finelip_fast.errors import InputError
 from finelip_fast.explain.explanation import Explanation, explain_pairs, patches_inside
@@ -35,8 +36,9 @@ def pointing_game(
         equals, is in the box.
 
     Raises:
-        InputError: No phrase is left.
+        InputError: No phrase is left, or the batch size is below 1.
     """
+    batch_size = whole_number("batch_size", batch_size)
     played: list[dict[str, Any]] = []
     with tqdm(total=len(pairs), unit="picture", disable=not progress, mininterval=0.5) as bar:
         for first in range(0, len(pairs), batch_size):

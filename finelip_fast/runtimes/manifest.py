@@ -44,8 +44,8 @@ class Manifest:
         config: The model's sizes, as returned by :meth:`finelip_fast.config.FineLIPConfig.to_dict`.
         files: SHA-256 of each file's content, by name.
         versions: Versions of the packages that made it.
-        options: Other settings that it was made with: for ONNX ``opset``; for TensorRT ``module``, ``version``, ``gpu``,
-            ``compute_capability``, ``profile``, ``onnx`` (the files' hashes) and the builder's options.
+        options: Other settings that it was made with: for ONNX ``opset`` and ``calibration``; for TensorRT ``module``,
+            ``version``, ``gpu``, ``compute_capability``, ``profile``, ``onnx`` (the files' hashes) and the builder's options.
         proof: Result of its comparison with the model on this kind of device; empty until it was compared.
     """
 
@@ -228,6 +228,7 @@ _FIELDS: _Rules = {
 }
 _OPTIONS: _Rules = {
     "opset": (_is_count, "a number"),
+    "calibration": (_is(str), "pairs"),
     "module": (_is(str), "a name"),
     "version": (_is(str), "a version"),
     "gpu": (_is(str, type(None)), "a name or null"),
@@ -240,7 +241,7 @@ _OPTIONS: _Rules = {
         ("version_compatible", "hardware_compatible", "refittable", "stripped"), (_is(bool), "true or false")
     ),
 }
-_TRT_OPTIONS = set(_OPTIONS) - {"opset"}
+_TRT_OPTIONS = set(_OPTIONS) - {"opset", "calibration"}
 _PROOF: _Rules = {
     "passed": (_is(bool), "true or false"),
     "devices": (lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value), "names"),

@@ -15,7 +15,7 @@ from PIL import Image
 
 import finelip_fast
 from finelip_fast.cli import main
-from finelip_fast.diffusion import extend
+from finelip_fast.diffusion import extend, generation
 from finelip_fast.diffusion.generation import DrawnPicture, generate
 from finelip_fast.errors import CheckpointError, InputError, TruncationWarning, WriteError
 from finelip_fast.explain import explain
@@ -187,6 +187,17 @@ def test_cut_text_is_reported(material: dict[str, str], tmp_path: Path) -> None:
         ({"text": " "}, InputError, "expected a description"),
         ({"seed": -1}, InputError, "expected seed of at least 0"),
         ({"steps": 0}, InputError, "expected steps of at least 1"),
+        ({"steps": 5000}, InputError, "expected steps of at most 1000, got 5000"),
+        ({"guidance_scale": float("nan")}, InputError, "expected guidance_scale to be a finite number, got nan"),
+        ({"guidance_scale": "7"}, InputError, "expected guidance_scale to be a finite number, got '7'"),
+        ({"text": "a \udcff"}, InputError, "expected text to be text that UTF-8 can hold"),
+        ({"text": 7}, InputError, "expected text to be text"),
+        ({"negative_prompt": "\udcff"}, InputError, "expected negative_prompt to be text that UTF-8 can hold"),
+        ({"pipeline": 7}, InputError, "expected pipeline to be a folder or a name, got 7"),
+        ({"checkpoint": None}, InputError, "expected checkpoint to be a folder or a name, got None"),
+        ({"out": ""}, InputError, "expected out to be a path"),
+        ({"out": None}, InputError, "expected out to be a path"),
+        ({"out": "x" * 300 + ".png"}, InputError, "expected out to be a .png file, got .*too long"),
         ({"layer": "first"}, InputError, "expected layer to be one of"),
         (
             {"pipeline": "nowhere/at/all"},
@@ -214,8 +225,17 @@ def test_what_cannot_be_generated(
 
 def test_a_folder_that_is_no_file(material: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "a.png").mkdir()
-    with pytest.raises(WriteError, match=r"a\.png"):
+    with pytest.raises(InputError, match=r"expected out to be a file, got '.*a\.png', which is none"):
         generate("a cat", out=str(tmp_path / "a.png"), steps=1, progress=False, **material)
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_work(
+    material: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)
+    monkeypatch.setattr(generation, "load", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(WriteError, match=r"cannot write .*a\.png: Permission denied"):
+        generate("a cat", out=str(tmp_path / "a.png"), progress=False, **material)
 
 
 def test_pickles_and_code_beside_a_pipeline_are_not_run(

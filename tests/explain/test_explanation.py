@@ -179,6 +179,15 @@ def test_bad_requests_say_what_is_wrong(model: FineLIP, explanation: Explanation
     for place in ((5, 5), (-1, 3), (0, 10_000)):
         with pytest.raises(ValueError, match="expected \\(start, end\\) around words"):
             explanation.heatmap(place)
+    for phrase in (None, 3, (1, 2, 3), (0.0, 5.0), ("a", "b")):
+        with pytest.raises(InputError, match="expected words of the caption, or their \\(start, end\\) in characters"):
+            explanation.tokens_of(phrase)
+    for box in (None, 1, (0, 0, 1), ("left", "top", "right", "bottom"), (0, 0, float("nan"), 1)):
+        with pytest.raises(InputError, match="around a patch's centre, got"):
+            explanation.words_at(box)
+    for options, message in (({"parts": -1}, "parts of at least 0, got -1"), ({"k": 2.5}, "k to be an integer")):
+        with pytest.raises(InputError, match=message):
+            explanation.matches(**options)
     with pytest.raises(ValueError, match="expected tokens to be one of"):
         explanation.heatmap(explanation.words[0].text, tokens="fine")
     with pytest.raises(ValueError, match="around a patch's centre"):
@@ -198,6 +207,13 @@ def test_a_phrase_is_grown_to_whole_words(explanation: Explanation) -> None:
     word = max(explanation.words, key=lambda word: len(word.text))
     assert explanation.tokens_of((word.start + 1, word.end - 1)) == (word.first, word.last)
     assert explanation.tokens_of(word.text[1:-1].upper()) == explanation.tokens_of(word.text[1:-1])
+
+
+def test_a_phrase_is_found_across_line_breaks(model: FineLIP) -> None:
+    explanation = explain(model, SCENE.draw(), "a red  house\nnear\ta tree")
+    first, second = (explanation.words[at] for at in (1, 3))
+    for phrase in ("red house near", "red  house\nnear", " Red\nhouse  near "):
+        assert explanation.tokens_of(phrase) == (first.first, second.last)
 
 
 def test_the_retriever_explains_what_it_finds(tmp_path: Path) -> None:

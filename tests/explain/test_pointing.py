@@ -24,3 +24,8 @@ def test_the_bundled_model_points_at_what_is_meant() -> None:
 def test_pairs_without_boxes_are_refused() -> None:
     with pytest.raises(finelip_fast.FineLIPError, match="phrases have boxes"):
         pointing_game(finelip_fast.load(), open_dataset("scenes:val:1:typos", image_size=128), progress=False)
+
+
+def test_a_batch_of_nothing_is_refused() -> None:
+    with pytest.raises(finelip_fast.InputError, match="batch_size of at least 1, got 0"):
+        pointing_game(finelip_fast.load(), open_dataset("scenes:val:1", image_size=128), batch_size=0, progress=False)

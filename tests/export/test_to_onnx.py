@@ -70,9 +70,28 @@ def test_a_second_run_exports_what_changed_and_nothing_else(exported: Path, chec
     monkeypatch.setattr(graphs, "build", lambda *_, **__: pytest.fail("exported again"))
     assert export_onnx(checkpoint, data=PAIRS, progress=False) == exported
     assert (exported / "manifest.json").stat().st_mtime_ns == before
-    for changed in ({"again": True}, {"opset": 18}, {"extras": ["scorer"]}):
+    assert export_onnx(checkpoint, progress=False) == exported, "compared on some pairs"
+    for changed in ({"again": True}, {"opset": 18}, {"extras": ["scorer"]}, {"data": "scenes:test:9"}):
         with pytest.raises(pytest.fail.Exception, match="exported again"):
-            export_onnx(checkpoint, data=PAIRS, progress=False, **changed)
+            export_onnx(checkpoint, **{"data": PAIRS, "progress": False, **changed})
+
+
+def test_a_calibration_is_kept_and_another_calibrates_again(checkpoint: Path, tmp_path: Path, monkeypatch) -> None:
+    arguments = {"precision": "int8-calibrated", "out": tmp_path / "out", "data": PAIRS, "progress": False}
+    monkeypatch.setitem(parity.LIMITS, "int8-calibrated", parity.Limits(9.0, 9.0, -1.0, 9.0, 0.0, 1.0))
+    folder = export_onnx(checkpoint, calibration="scenes:val:8", **arguments)
+    assert read(folder).manifest.options["calibration"] == "scenes:val:8"
+    monkeypatch.setattr(graphs, "build", lambda *_, **__: pytest.fail("exported again"))
+    for calibration in (None, "scenes:val:8"):
+        assert export_onnx(checkpoint, calibration=calibration, **arguments) == folder
+    with pytest.raises(pytest.fail.Exception, match="exported again"):
+        export_onnx(checkpoint, calibration="scenes:val:9", **arguments)
+    with pytest.raises(
+        InputError, match="expected calibration with precision 'int8-calibrated' alone, got it with 'int8'"
+    ):
+        export_onnx(checkpoint, calibration="scenes:val:8", precision="int8")
+    command = ["export", "onnx", str(checkpoint), "--precision", "fp32", "int8", "--calibration", "scenes:val:8"]
+    assert main([*command, "--quiet"]) == 2
 
 
 def test_extras_are_written_and_proven(checkpoint: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from finelip_fast import checkpoint as checkpoints
 from finelip_fast._files import file_hash
 from finelip_fast.cli import main
 from finelip_fast.errors import EngineError, InputError
-from finelip_fast.export import graphs, parity, to_onnx, to_trt
+from finelip_fast.export import graphs, to_onnx, to_trt
 from finelip_fast.export import precision as half
 from finelip_fast.export.to_trt import Builder, export_trt, prove_trt
 from finelip_fast.runtimes import trt as runtime
@@ -281,6 +281,29 @@ def test_plans_from_elsewhere_are_proven_where_they_run(
     assert not folder.exists()
 
 
+@pytest.mark.parametrize("command", ["--prove", "--again"])
+def test_what_is_not_an_exports_is_not_removed(on_ada, checkpoint: Path, tmp_path: Path, capsys, command: str) -> None:
+    """Plans that are refused are deleted, and so is all that a new export replaces."""
+    folder = export_trt(checkpoint, compute_capability="8.9", out=tmp_path / "out", data=PAIRS, progress=False)
+    (folder / "notes.txt").write_text("mine")
+    on_ada["text.plan"] = lambda ids, encode=on_ada["text.plan"]: -encode(ids)
+    arguments = ["export", "trt", str(checkpoint), "--compute-capability", "8.9", "--data", PAIRS, "--out", str(folder)]
+    assert main([*arguments, command, "--quiet"]) == 2
+    assert "other contents (notes.txt) and would lose them; move them, or" in capsys.readouterr().err
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert (folder / "text.plan").is_file()
+
+
+def test_a_default_folder_keeps_what_else_is_there(on_ada, checkpoint: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
+    folder = copy / "exports" / "trt-fp16-sm89"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"other contents \(notes\.txt\)"):
+        export_trt(copy, compute_capability="8.9", data=PAIRS, again=True, progress=False)
+    assert (folder / "notes.txt").read_text() == "mine"
+
+
 def test_building_again_where_plans_wait_for_their_proof_proves_them(on_ada, checkpoint, tmp_path, monkeypatch) -> None:
     arguments = {"compute_capability": "8.9", "out": tmp_path / "out", "data": PAIRS, "progress": False}
     with monkeypatch.context() as patch:
@@ -290,6 +313,15 @@ def test_building_again_where_plans_wait_for_their_proof_proves_them(on_ada, che
     folder = export_trt(checkpoint, **arguments)
     assert read(folder).manifest.proven
     assert (folder / "image.plan").stat().st_mtime_ns == built
+
+
+def test_existing_plans_are_compared_on_the_pairs_that_are_named(on_ada, checkpoint: Path, tmp_path: Path) -> None:
+    arguments = {"compute_capability": "8.9", "out": tmp_path / "out", "progress": False}
+    built = (export_trt(checkpoint, data=PAIRS, **arguments) / "image.plan").stat().st_mtime_ns
+    for data, pairs in ((None, PAIRS), ("scenes:test:9", "scenes:test:9"), (None, "scenes:test:9")):
+        folder = export_trt(checkpoint, data=data, **arguments)
+        assert read(folder).manifest.proof["pairs"] == pairs
+        assert (folder / "image.plan").stat().st_mtime_ns == built
 
 
 # ---- Refitting
@@ -434,4 +466,4 @@ def test_every_option_reaches_the_exporter(monkeypatch: pytest.MonkeyPatch, plan
         "progress": False,
     }
     assert main(["export", "trt"]) == 0
-    assert arguments["data"] == parity.DATA
+    assert arguments["data"] is None, "those of existing plans"

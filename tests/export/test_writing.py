@@ -188,6 +188,29 @@ def test_a_users_graphs_and_files_are_not_taken_for_an_export(tmp_path: Path) ->
         export_path(tmp_path / "notes.txt", keep_failed=False)
 
 
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("", r"expected out to be a path, got ''"),
+        ("a\0b", "without NUL characters"),
+        ("x" * 300, r"expected a folder for the export, got 'xxx.*too long; give another --out \(out=\)"),
+    ],
+)
+def test_what_names_no_folder_is_refused_before_the_work(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=message):
+        export_onnx(checkpoint, out=out, data=PAIRS, progress=False)
+
+
+def test_a_name_of_the_maximum_length_is_written_to(tmp_path: Path) -> None:
+    folder = export_path(tmp_path / ("x" * 255), keep_failed=False)
+    with being_written(folder, keep_failed=False) as partial:
+        (partial / "image.onnx").touch()
+    assert names(folder) == ["image.onnx"]
+
+
 def test_a_link_to_a_folder_means_that_folder(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "link").symlink_to("disk")
