@@ -11,7 +11,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finelip_fast._files import installed
+from finelip_fast._versions import installed
 
 if TYPE_CHECKING:
     from contest import Result

@@ -118,7 +118,7 @@ if not _typing.TYPE_CHECKING:
     def __getattr__(name: str) -> object:
         """Return a public name, the version, or a module of the package."""
         if name == "__version__":
-            globals()[name] = value = _importlib.import_module("importlib.metadata").version("finelip-fast")
+            globals()[name] = value = _importlib.import_module(f"{__name__}._versions").library_version()
             return value
         if name in _MODULE_OF:
             globals()[name] = value = getattr(_importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)

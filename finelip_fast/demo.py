@@ -24,7 +24,6 @@ from finelip_fast.index import stored_index
 from finelip_fast.index.spec import CATALOGUE
 from finelip_fast.kernels import clim_scores
 from finelip_fast.metrics import recall
-from finelip_fast.picture_files import describe
 from finelip_fast.retriever import Retriever
 from finelip_fast.tokenizer import encode_batch, expected_truncation
 
@@ -111,10 +110,7 @@ def run_demo(out: str | Path, *, scenes: int = 400, queries: int = 16, progress:
     retriever = Retriever(index=folder / "index")
     started = time.perf_counter()
     prepare_root(retriever.index, [pictures])
-    metadata = [
-        describe(path) | {"time": scene.time, "weather": scene.weather, "family": scene.family}
-        for scene, path in zip(world, paths, strict=True)
-    ]
+    metadata = [{"time": scene.time, "weather": scene.weather, "family": scene.family} for scene in world]
     retriever.add_images(paths, metadata=metadata, progress=progress)
     index_seconds = time.perf_counter() - started
 

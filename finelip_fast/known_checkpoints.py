@@ -25,14 +25,14 @@ _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 
 
 def checkpoint_of(folder: str | PathLike[str]) -> str | None:
-    """Return the checkpoint for an index folder, as this user named it; empty for the bundled one, None if there is no index.
+    """Return the checkpoint for an index folder, as this user named it; None for the bundled one, or if there is no index.
 
     Raises:
         StoreError: The index names a checkpoint that this user has not opened or that came with the index, or cannot be read.
     """
     spec = read_spec(Path(folder) / CATALOGUE)
     if spec is None or not spec["source"]:
-        return None if spec is None else ""
+        return None
     known = _noted(str(spec["checkpoint"]))
     if known is None or Path(folder).resolve() in Path(known).resolve().parents:
         source = str(spec["source"])

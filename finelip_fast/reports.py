@@ -15,7 +15,7 @@ class AddReport:
 
     Attributes:
         added: ids of the items added, in order.
-        skipped: ``(id, reason)`` for each item that could not be read.
+        skipped: ``(id, reason)`` for each item that could not be read; for a file, its path instead of its id.
     """
 
     added: list[str] = field(default_factory=list)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
@@ -19,6 +18,7 @@ from finelip_fast import known_checkpoints
 from finelip_fast._arguments import Embeddings, folder_path, listed, one_of, share, whole_number
 from finelip_fast.collection import (
     Listing,
+    fields_of,
     list_files,
     list_folder,
     list_table,
@@ -32,9 +32,8 @@ from finelip_fast.engines import EngineName
 from finelip_fast.errors import InputError, StoreError
 from finelip_fast.explain import Explanation
 from finelip_fast.folders import refuse_missing, walk_folder
-from finelip_fast.hits import Hit, Hits
-from finelip_fast.index import Existing, Index, IndexSpec, StoredDtype, remedies, stored_dtype
-from finelip_fast.index.catalogue import Item
+from finelip_fast.hits import Hit, Hits, hits_of
+from finelip_fast.index import Existing, Index, IndexSpec, StoredDtype, remedies, stored_dtype, stored_source
 from finelip_fast.index.search import Mode
 from finelip_fast.index.segments import DTYPES
 from finelip_fast.ingest import Ingest, as_images, follow
@@ -160,11 +159,10 @@ class Retriever(Embedder):
             >>> finelip_fast.Retriever.open("index").search("A red house …")
         """
         folder_path("index", index)
-        checkpoint = known_checkpoints.checkpoint_of(index)
-        if checkpoint is None:
+        if stored_source(index) is None:
             raise StoreError(f"there is no index at {index}: make one with Retriever(checkpoint, index={str(index)!r})")
         return cls(
-            checkpoint or None,
+            known_checkpoints.checkpoint_of(index),
             engine=engine,
             index=index,
             device=device,
@@ -240,7 +238,9 @@ class Retriever(Embedder):
                 :func:`finelip_fast.preprocess.open_image`), read batch by batch.
             ids: An id for each picture; None: its path, relative to the index's root if that is known, or ``image-N`` if it
                 has no path.
-            metadata: A dictionary of JSON values for each picture, checked before anything is embedded.
+            metadata: A dictionary of JSON values for each picture, checked before anything is embedded. A file whose id is
+                its path also gets its file's metadata, and one of a folder that of the JSON file beside it, as by
+                :meth:`add_folder`.
             existing: Treatment of an id that is already in the index: ``"error"``, ``"skip"`` the picture, or ``"replace"``
                 the item, which stays if the picture cannot be read.
             batch_size: Number of pictures embedded at once.
@@ -256,16 +256,16 @@ class Retriever(Embedder):
             StoreError: The index cannot be written. What was written before stays, and ``existing="skip"`` resumes from it.
         """
         refuse_missing(images)
-        report, describes = AddReport(), False
+        report = AddReport()
         if isinstance(images, (str, PathLike)) and os.path.isdir(images):
-            describes = True
             listing = list_folder(images, prepare_root(self.index, [images]), index=self._folder)
             report.skipped += listing.skipped
             ids, images = list(listing.paths) if ids is None else ids, list(listing.paths.values())
+            metadata = _with_sidecars(listing, metadata)
         ingest = Ingest(self.index, "image", report, existing=existing, batch_size=batch_size)
         chunks = ingest.chunks(as_images(images), ids, metadata, progress=progress)
         with ingest:
-            ingest.add_images(chunks, self.engine.preprocess, self.engine.encode_image, describes=describes)
+            ingest.add_images(chunks, self.engine.preprocess, self.engine.encode_image)
         return report
 
     def add_folder(
@@ -570,32 +570,23 @@ class Retriever(Embedder):
 
     def _hits(self, queries: Tensor, *, k: int, mode: Mode, where: str | None, alpha: float) -> list[Hits]:
         result, root = self.index.search(queries, k, alpha=alpha, mode=mode, where=where), self.index.root
-
-        def path(item: Item) -> str | None:
-            file = picture_path(item.id, item.metadata, root)
-            return None if file is None else str(file)
-
-        fine_scores: list[list[float | None]] = (
-            [[None] * len(items) for items in result.items]
-            if result.fine_scores is None
-            else result.fine_scores.tolist()
+        return hits_of(
+            result.items,
+            result.scores,
+            result.global_scores,
+            result.fine_scores,
+            result.stands_out,
+            mode=lambda _: result.mode,
+            path=lambda item: picture_path(item.id, item.metadata, root),
         )
-        standing: list[list[float | None]] = (
-            [[None] * len(items) for items in result.items]
-            if result.stands_out is None
-            else [[None if math.isnan(value) else value for value in row] for row in result.stands_out.tolist()]
-        )
-        return [
-            Hits(
-                Hit(item.id, score, global_score, fine_score, item.metadata, result.mode, path(item), stands_out)
-                for item, score, global_score, fine_score, stands_out in zip(items, *scores, strict=True)
-            )
-            for items, *scores in zip(
-                result.items,
-                result.scores.tolist(),
-                result.global_scores.tolist(),
-                fine_scores,
-                standing,
-                strict=True,
-            )
-        ]
+
+
+def _with_sidecars(listing: Listing, metadata: Sequence[dict[str, Any]] | None) -> list[Any]:
+    """Metadata from the JSON files beside a folder's pictures, overridden by what was passed, which is checked later."""
+    fields = [fields_of(listing, item) for item in listing.paths]
+    if metadata is None:
+        return fields
+    passed = listed("metadata", metadata)
+    if len(passed) != len(fields):
+        return passed
+    return [{**low, **high} if isinstance(high, dict) else high for low, high in zip(fields, passed, strict=True)]

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -363,7 +364,7 @@ def _speeds(device: torch.device) -> Iterator[Speed]:
 
 def _speed(name: str, run: Callable[[], Tensor], work: floor.Work) -> Speed:
     run()
-    seconds = sorted(floor.timed(run) for _ in range(_ROUNDS))[_ROUNDS // 2]
+    seconds = median(floor.timed(run) for _ in range(_ROUNDS))
     peaks = floor.peaks()
     product_rate = peaks["flops/s"].get(floor.name(work.dtype), float("inf"))
     return Speed(name, 1e3 * seconds, work.bytes / seconds / peaks["bytes/s"], work.flops / seconds / product_rate)

@@ -12,7 +12,7 @@ import torch
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def operation(name: str) -> Callable[[Callable[..., Any]], Any]:
+def operation(name: str, schema: str | None = None) -> Callable[[Callable[..., Any]], Any]:
     """Decorate a function of tensors and numbers, which becomes an operation that runs on every device.
 
     :func:`torch.library.custom_op` does the same, but its first call imports PyTorch's compiler, which takes a second.
@@ -20,11 +20,12 @@ def operation(name: str) -> Callable[[Callable[..., Any]], Any]:
     Args:
         name: Name with its namespace, as in ``"finelip::clim_scores"``; :func:`fake` and
             ``torch.library.register_autograd`` take it, too.
+        schema: Types and names of inputs and outputs in PyTorch's notation; None: those of the function's annotations.
     """
     namespace, _, own_name = name.partition("::")
 
     def register(function: Callable[..., Any]) -> Any:
-        torch.library.define(name, torch.library.infer_schema(function, mutates_args=()))
+        torch.library.define(name, schema or torch.library.infer_schema(function, mutates_args=()))
         torch.library.impl(name, "default")(_not_compiled(function))
         return getattr(getattr(torch.ops, namespace), own_name).default
 

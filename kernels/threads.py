@@ -16,6 +16,9 @@ from typing import TypeVar
 
 import torch
 
+# Multiplications, about a millisecond for one thread, below which work is not worth waking another.
+LEAST_SHARED_WORK = 1 << 23
+
 T = TypeVar("T")
 R = TypeVar("R")
 

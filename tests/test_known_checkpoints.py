@@ -111,7 +111,7 @@ def test_what_was_never_opened_is_refused_and_its_remedy_works(
 
 def test_the_bundled_checkpoint_needs_no_consent() -> None:
     assert checkpoint_of("nowhere") is None
-    assert checkpoint_of(received("")) == ""
+    assert checkpoint_of(received("")) is None
 
 
 def test_a_known_name_with_another_fingerprint_is_refused(checkpoint: Path) -> None:

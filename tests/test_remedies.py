@@ -130,6 +130,7 @@ def damage_the_catalogue(folder: Path) -> None:
     (folder / "catalogue.sqlite").write_bytes(b"SQLite format 3\0" + bytes(4000))
 
 
+@pytest.mark.filterwarnings("ignore:.* has no copy of its catalogue:UserWarning")
 @pytest.mark.parametrize("damage", [damage_a_row, damage_the_catalogue])
 def test_what_is_advised_for_a_damaged_index_mends_it(
     damage: Callable[[Path], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -410,7 +410,13 @@ def test_ids_are_paths_or_numbers(retriever: Retriever, tmp_path: Path) -> None:
     assert report.added == [str(tmp_path / "a.png"), "image-0", str(tmp_path / "b.png")]
     assert retriever.add_texts(["a", "b"], progress=False).added == ["text-3", "text-4"]
     assert len(retriever) == 5
-    assert retriever.index.metadata == [{}] * 5
+    assert [set(metadata) >= {"sha256", "width"} for metadata in retriever.index.metadata] == [
+        True,
+        False,
+        True,
+        False,
+        False,
+    ]
 
 
 def test_a_number_that_is_taken_is_passed_over(retriever: Retriever) -> None:

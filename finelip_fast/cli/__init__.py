@@ -21,7 +21,7 @@ from finelip_fast.cli.index import index
 from finelip_fast.cli.items import list_, remove
 from finelip_fast.cli.search import search
 from finelip_fast.cli.serve import serve
-from finelip_fast.cli.study import ablation, adaptation, drawing, generation, study
+from finelip_fast.cli.study import ablation, adaptation, drawing, generation, generator, study
 from finelip_fast.cli.tools import COMPLETE_VARIABLE, completion, convert, demo, info, tune, verify
 from finelip_fast.cli.train import adapt, train
 from finelip_fast.errors import InputError
@@ -55,7 +55,7 @@ _AWAKE = {"OMP_WAIT_POLICY": "active", "GOMP_SPINCOUNT": "20000", "KMP_BLOCKTIME
 
 for command in (
     *(demo, add, search, serve, list_, remove, explain, generate, evaluate, compare),
-    *(study, ablation, adaptation, drawing, generation),
+    *(study, ablation, adaptation, drawing, generator, generation),
     *(train, adapt, export, convert, info, tune, verify, index, completion),
 ):
     finelip.add_command(command)

@@ -197,7 +197,7 @@ class ModelOptions(NamedTuple):
         from finelip_fast.known_checkpoints import checkpoint_of
         from finelip_fast.retriever import Retriever
 
-        checkpoint = self.checkpoint or checkpoint_of(index) or None
+        checkpoint = self.checkpoint or checkpoint_of(index)
         return Retriever(
             checkpoint, engine=self.engine, precision=self.precision, device=self.device, index=index, **options
         )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from finelip_fast._arguments import whole_number
+from finelip_fast._files import expand_home
 from finelip_fast.datasets.json_files import read_json_lines, read_sharegpt4v
 from finelip_fast.datasets.published import (
     read_coco,
@@ -117,7 +118,7 @@ def open_dataset(spec: str, *, image_size: int = 224, root: str | Path | None = 
             per line with ``image`` and ``caption``), ``"sharegpt4v:FILE"`` (the published JSON), or a folder as published:
             ``"urban1k:ROOT"``, ``"docci:ROOT"`` or ``"docci:ROOT:SPLIT"`` (default: test), ``"dci:ROOT"`` (all)
             or ``"dci:ROOT:SPLIT"``, ``"long-dci:ROOT"``, ``"coco:ROOT"`` (val2017), ``"flickr30k:ROOT"`` or
-            ``"flickr30k:ROOT:SPLIT"`` (default: test).
+            ``"flickr30k:ROOT:SPLIT"`` (default: test). A path may start with ``~``, the user's folder.
         image_size: Side of drawn scenes, in pixels.
         root: Folder that relative picture paths start from; None: the file's own folder. For a published folder, ROOT if
             the name leaves it empty, as in ``"urban1k"`` and ``"docci::train"``.
@@ -142,15 +143,15 @@ def open_dataset(spec: str, *, image_size: int = 224, root: str | Path | None = 
             raise InputError(f"{spec!r:.80}: {error}") from None
     if kind in ("jsonl", "sharegpt4v") and rest:
         read_pairs = read_json_lines if kind == "jsonl" else read_sharegpt4v
-        return FileExamples(read_pairs(Path(rest), root=Path(root) if root else None))
+        return FileExamples(read_pairs(expand_home(rest), root=expand_home(root) if root else None))
     if kind in _WHOLE and (place := rest or root):
-        return FileExamples(_WHOLE[kind](Path(place)))
+        return FileExamples(_WHOLE[kind](expand_home(place)))
     if kind in _IN_SPLITS:
         folder, colon, split = rest.rpartition(":")
         if not colon or "/" in split or "\\" in split:  # the colon, if any, is a drive's
             folder, split = rest, ""
         if place := folder or root:
-            return FileExamples(_IN_SPLITS[kind](Path(place), split or None))
+            return FileExamples(_IN_SPLITS[kind](expand_home(place), split or None))
     raise InputError(
         "expected scenes:SPLIT, jsonl:FILE or sharegpt4v:FILE, or a published folder as urban1k:ROOT, coco:ROOT, "
         f"docci:ROOT:SPLIT, dci:ROOT:SPLIT, long-dci:ROOT or flickr30k:ROOT:SPLIT, got {spec!r:.80}"

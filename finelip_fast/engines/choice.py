@@ -20,8 +20,9 @@ import torch
 
 from finelip_fast import checkpoint as checkpoints
 from finelip_fast._arguments import find_device, one_of, whole_number
-from finelip_fast._files import cache_folder, installed, write_whole
+from finelip_fast._files import cache_folder, write_whole
 from finelip_fast._json import read_json
+from finelip_fast._versions import installed
 from finelip_fast.config import FineLIPConfig
 from finelip_fast.engines.base import ENGINES, Engine, EngineName
 from finelip_fast.errors import EngineError, InputError

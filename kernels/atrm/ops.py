@@ -36,62 +36,33 @@ def _in_blocks(inputs: AtrmInputs) -> Tensor:
 
 # --- Registered operations -----------------------------------------------------------------------------------------
 
+# The inputs in the schemas of the operations.
+_INPUTS = ", ".join("Tensor? lengths" if name == "lengths" else f"Tensor {name}" for name in AtrmInputs._fields)
 
-@operation("finelip::atrm")
-def _atrm(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-    scale: Tensor,
-    lengths: Tensor | None,
-    anchor: Tensor,
-) -> Tensor:
-    inputs = AtrmInputs(x, norm_weight, norm_bias, w1, b1, w2, b2, scale, lengths, anchor)
+
+@operation("finelip::atrm", f"({_INPUTS}) -> Tensor")
+def _atrm(*tensors: Any) -> Tensor:
+    inputs = AtrmInputs(*tensors)
     implementation = _choose(inputs)
     if implementation == "triton":
         from finelip_fast.kernels.atrm import triton
 
         return triton.aggregate(inputs)
-    if implementation == "blocked" and x.device.type == "cpu":
+    if implementation == "blocked" and inputs.x.device.type == "cpu":
         return _in_blocks(inputs)
     return atrm_reference(inputs)
 
 
 @fake("finelip::atrm")
-def _(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-    scale: Tensor,
-    lengths: Tensor | None,
-    anchor: Tensor,
-) -> Tensor:
-    return x.new_empty(x.shape[0], w2.shape[0] + 1, x.shape[2])
+def _(*tensors: Any) -> Tensor:
+    inputs = AtrmInputs(*tensors)
+    return inputs.x.new_empty(inputs.x.shape[0], inputs.w2.shape[0] + 1, inputs.x.shape[2])
 
 
-@operation("finelip::atrm_gradient")
-def _gradient(
-    grad_out: Tensor,
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-    scale: Tensor,
-    lengths: Tensor | None,
-    anchor: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    inputs = AtrmInputs(x, norm_weight, norm_bias, w1, b1, w2, b2, scale, lengths, anchor)
+@operation("finelip::atrm_gradient", f"(Tensor grad_out, {_INPUTS}) -> ({', '.join(['Tensor'] * 9)})")
+def _gradient(grad_out: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
+    """Gradients of the inputs in their order, without ``lengths``."""
+    inputs = AtrmInputs(*tensors)
     if _choose(inputs) == "triton":
         from finelip_fast.kernels.atrm import gradient_triton
 
@@ -102,24 +73,9 @@ def _gradient(
 
 
 @fake("finelip::atrm_gradient")
-def _(
-    grad_out: Tensor,
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-    scale: Tensor,
-    lengths: Tensor | None,
-    anchor: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    like = torch.empty_like
-    return (
-        *(x.new_empty(x.shape), like(norm_weight), like(norm_bias), like(w1), like(b1), like(w2), like(b2)),
-        *(like(scale), anchor.new_empty(anchor.shape)),
-    )
+def _(grad_out: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
+    x, *parameters, _lengths, anchor = tensors
+    return x.new_empty(x.shape), *map(torch.empty_like, parameters), anchor.new_empty(anchor.shape)
 
 
 def _choose(inputs: AtrmInputs) -> str:

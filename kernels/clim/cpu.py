@@ -31,7 +31,7 @@ from torch import Tensor
 
 from finelip_fast.kernels import cpu
 from finelip_fast.kernels.clim.formula import LEAKY_SLOPE
-from finelip_fast.kernels.threads import side_by_side, size_of_blocks
+from finelip_fast.kernels.threads import LEAST_SHARED_WORK, side_by_side, size_of_blocks
 
 # With fewer columns than this, a maximum over an outer axis is not vectorised.
 _BLOCK_QUERIES = 64
@@ -46,8 +46,6 @@ _PRODUCT_ELEMENTS = 1 << 21
 # Elements of the items of a product: large enough that threads do not wait for the interpreter, which they share, and small
 # enough that copies of the items in another dtype are still in the cache when they are multiplied.
 _BLOCK_ELEMENTS = 1 << 21
-# Number of multiplications, a fraction of a millisecond for one thread, below which a thread is not woken.
-_LEAST_SHARED_WORK = 1 << 23
 # Elements of items that can be copied in the time it takes to begin another block.
 _FEW_ELEMENTS = 1 << 20
 # Smaller blocks of items are padded to this number of elements, unless that is already enough work to share.
@@ -123,7 +121,7 @@ def _scores_along_items(
     tokens, scratch = queries.reshape(-1, width).float(), Scratch()
     per_item = len(tokens) * item_tokens
     largest = max(1, min(max(_LEAST_ALONG, _ALONG_ELEMENTS // (item_tokens * width)), _ALONG_ELEMENTS // per_item))
-    least = -(-_LEAST_SHARED_WORK // (per_item * width))
+    least = -(-LEAST_SHARED_WORK // (per_item * width))
     size = size_of_blocks(n_items, min(largest, max(least, -(-n_items // torch.get_num_threads()))))
     shares = (1 - alpha) * torch.tensor([1 / query_tokens] * query_tokens + [1 / item_tokens] * item_tokens)
 
@@ -167,7 +165,7 @@ def _blocks(n_items: int, item_tokens: int, columns: int, width: int) -> list[_B
     """
     rows = min(_BLOCK_ELEMENTS // width, _PRODUCT_ELEMENTS // columns)
     largest = max(1, rows // item_tokens)
-    least = -(-_LEAST_SHARED_WORK // (item_tokens * columns * width))
+    least = -(-LEAST_SHARED_WORK // (item_tokens * columns * width))
     shared = max(_power_of_two(2 * least - 1), _power_of_two(n_items // torch.get_num_threads() or 1))
     size = min(largest, shared)
     fewest = _power_of_two(max(1, min(largest, least, _LEAST_ELEMENTS // (item_tokens * width))))

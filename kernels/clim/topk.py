@@ -34,7 +34,7 @@ from finelip_fast.kernels.clim.quantize import (
 )
 from finelip_fast.kernels.clim.rows import Pieces, chunks, is_gpu
 from finelip_fast.kernels.precision import full_float32
-from finelip_fast.kernels.threads import alone
+from finelip_fast.kernels.threads import LEAST_SHARED_WORK, alone
 
 # The first position of a chunk, scores [Q, n], and errors [Q, n] or [Q, 1].
 Bracket = tuple[int, Tensor, Tensor]
@@ -50,8 +50,6 @@ _GPU_SCORE_ELEMENTS = 1 << 25
 # Elements that scoring again in float64 may hold: 16 MiB on a CPU, where more would not fit the cache; 512 MiB on a GPU, most
 # of which would be idle with 49 pairs per launch.
 _RESCORE_ELEMENTS, _GPU_RESCORE_ELEMENTS = 1 << 21, 1 << 26
-# Multiplications that one thread finishes in a millisecond or two, about the time that threads take to start and to stop.
-_LEAST_SHARED_WORK = 1 << 23
 
 
 class Score(Protocol):
@@ -252,7 +250,7 @@ def _search(
             return _rank(query, item, _rescore(queries, items, query, item, alpha), len(queries), k)
 
         work = len(query) * queries.shape[1] * items.shape[1] * items.shape[2]
-        return ranked() if is_gpu(queries.device) or work > _LEAST_SHARED_WORK else alone(ranked)
+        return ranked() if is_gpu(queries.device) or work > LEAST_SHARED_WORK else alone(ranked)
 
 
 def _candidates(

@@ -45,6 +45,20 @@ def test_scenes_tell_where_their_phrases_are_while_the_caption_is_clean():
     assert plain.regions == ()
 
 
+def test_paths_at_home(tmp_path, monkeypatch):
+    """A shell does not expand the ``~`` in the middle of a word."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.jsonl").write_text(json.dumps({"image": "1.jpg", "caption": "one"}) + "\n")
+    assert open_dataset("jsonl:~/a.jsonl")[0].image == tmp_path / "1.jpg"
+    assert open_dataset("jsonl:~/a.jsonl", root="~/pictures")[0].image == tmp_path / "pictures" / "1.jpg"
+    for name in ("image", "caption"):
+        (tmp_path / "urban" / name).mkdir(parents=True)
+    (tmp_path / "urban" / "image" / "1.jpg").touch()
+    (tmp_path / "urban" / "caption" / "1.txt").write_text("one")
+    for spec, root in (("urban1k:~/urban", None), ("urban1k", "~/urban")):
+        assert open_dataset(spec, root=root)[0].image == tmp_path / "urban" / "image" / "1.jpg"
+
+
 @pytest.mark.parametrize("root", [None, "pictures"])
 def test_files_by_name(tmp_path, root):
     lines = tmp_path / "a.jsonl"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from finelip_fast.errors import InputError
@@ -27,16 +27,14 @@ def processor(request):
         yield
 
 
-@pytest.fixture(scope="module", params=["as shipped", "small"])
-def chunks(request):
+@pytest.fixture(params=["as shipped", "small"])
+def chunks(request, monkeypatch):
     """Sizes of what is done at a time: as shipped, and a few items."""
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param == "small":
-            for name, size in [("_SCORE_ELEMENTS", 12), ("_COPY_BYTES", 400), ("_TINY_BYTES", 60)]:
-                patch.setattr(_rows, name, size)
-            patch.setattr(candidates, "_WAITING_ELEMENTS", 20)
-            patch.setattr(candidates, "_PRODUCT_ELEMENTS", 50)
-        yield
+    if request.param == "small":
+        for name, size in [("_SCORE_ELEMENTS", 12), ("_COPY_BYTES", 400), ("_TINY_BYTES", 60)]:
+            monkeypatch.setattr(_rows, name, size)
+        monkeypatch.setattr(candidates, "_WAITING_ELEMENTS", 20)
+        monkeypatch.setattr(candidates, "_PRODUCT_ELEMENTS", 50)
 
 
 def make(*shape, seed=0, device="cpu"):
@@ -96,7 +94,7 @@ def cases(draw):
 
 
 @given(case=cases(), count=st.integers(1, 70), data=st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_equals_numpy_in_any_pieces_and_of_any_choice(chunks, case, count, data):
     queries, values, scales, among = case
     cuts = st.lists(st.integers(0, len(values)), max_size=6).map(sorted)

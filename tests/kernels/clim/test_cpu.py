@@ -33,7 +33,7 @@ def blocks(request):
             "_TILE_ELEMENTS": 100,
             "_PRODUCT_ELEMENTS": 1000,
             "_BLOCK_ELEMENTS": 900,
-            "_LEAST_SHARED_WORK": 1,
+            "LEAST_SHARED_WORK": 1,
             "_FEW_ELEMENTS": 30,
             "_LEAST_ELEMENTS": 1,
             "_ALONG_WORK": 40,
@@ -43,7 +43,7 @@ def blocks(request):
             "_TILE_ELEMENTS": 1,
             "_PRODUCT_ELEMENTS": 1,
             "_BLOCK_ELEMENTS": 1,
-            "_LEAST_SHARED_WORK": 1,
+            "LEAST_SHARED_WORK": 1,
             "_FEW_ELEMENTS": 1,
             "_LEAST_ELEMENTS": 1,
             "_ALONG_WORK": 0,
@@ -54,7 +54,7 @@ def blocks(request):
             "_ALONG_ELEMENTS": 100,
             "_LEAST_ALONG": 2,
             "_TILE_ELEMENTS": 100,
-            "_LEAST_SHARED_WORK": 1,
+            "LEAST_SHARED_WORK": 1,
         },
     }
     threads = torch.get_num_threads()
@@ -274,4 +274,4 @@ def test_blocks_hold_each_item_once(n_items, tokens, columns, width):
     fewest = max(1, clim_cpu._LEAST_ELEMENTS // (tokens * width))
     assert all(block.stop - block.start <= block.size <= fewest + 1.5 * (block.stop - block.start) for block in blocks)
     filled = sum(block.size + block.start - block.stop for block in blocks)
-    assert filled <= n_items / 2 + 1 or filled * tokens * columns * width <= 2 * clim_cpu._LEAST_SHARED_WORK
+    assert filled <= n_items / 2 + 1 or filled * tokens * columns * width <= 2 * clim_cpu.LEAST_SHARED_WORK

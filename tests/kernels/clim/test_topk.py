@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from finelip_fast.errors import InputError
@@ -26,18 +26,16 @@ from finelip_fast.kernels.dispatch import Choice
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-@pytest.fixture(scope="module", params=["as shipped", "small", "smallest", "joined as on a GPU"])
-def chunks(request):
+@pytest.fixture(params=["as shipped", "small", "smallest", "joined as on a GPU"])
+def chunks(request, monkeypatch):
     """Sizes of the chunks: as shipped, with edges between few items, one item at a time, and a few of them joined."""
     sizes = {"small": (30, 4000, 900, 2000), "smallest": (1, 1, 0, 1)}.get(request.param, ())
     names = ["_SCORE_ELEMENTS", "_COPY_BYTES", "_TINY_BYTES", "_RESCORE_ELEMENTS"]
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in zip(names, sizes, strict=False):
-            patch.setattr(_topk if name == "_RESCORE_ELEMENTS" else _rows, name, value)
-        if request.param == "joined as on a GPU":
-            as_on_a_gpu(patch)
-            patch.setattr(_topk, "_GPU_SCORE_ELEMENTS", 40)
-        yield
+    for name, value in zip(names, sizes, strict=False):
+        monkeypatch.setattr(_topk if name == "_RESCORE_ELEMENTS" else _rows, name, value)
+    if request.param == "joined as on a GPU":
+        as_on_a_gpu(monkeypatch)
+        monkeypatch.setattr(_topk, "_GPU_SCORE_ELEMENTS", 40)
 
 
 def as_on_a_gpu(patch):
@@ -105,7 +103,7 @@ def assert_same(actual, expected):
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 2**16),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_equals_float64(method, chunks, n_queries, n_items, tokens, k, alpha, dtype, seed):
     queries = make(n_queries, tokens[0], 24, seed=seed, dtype=dtype)
     items = make(n_items, tokens[1], 24, seed=seed + 1, dtype=dtype)
@@ -133,7 +131,7 @@ exact_rows = st.tuples(st.integers(0, 2), st.sampled_from([-1.0, -0.5, 0.25, 0.5
     k=st.integers(1, 50),
     alpha=st.sampled_from([0.0, 0.5, 1.0]),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_ties_go_to_the_lower_index(method, chunks, queries, items, k, alpha):
     queries, items = axes(queries), axes(items)
     expected = expected_topk(method, queries, items, k, alpha)
@@ -287,7 +285,7 @@ def ascending(n_items):
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 2**16),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_pieces_and_a_choice_of_items(chunks, data, n_items, k, alpha, dtype, seed):
     queries = make(2, 3, 24, seed=seed, dtype=dtype)
     items = make(n_items, 4, 24, seed=seed + 1, dtype=dtype)
