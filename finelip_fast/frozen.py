@@ -67,7 +67,7 @@ def why_not(precision: str) -> str | None:
     """Return why this processor gains nothing from a precision; None if it has the instructions."""
     if precision == "bf16" and not cpu.has_bfloat16():
         return "this processor has no bfloat16 instructions"
-    if precision == "int8" and not cpu.has("vnni"):
+    if precision == "int8" and not cpu.has_int8():
         return "this processor has no int8 instructions (AVX-512 VNNI)"
     return None
 

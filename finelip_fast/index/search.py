@@ -113,7 +113,7 @@ def exact_mode(view: View, alpha: float) -> Mode:
     The global cosine alone does not use int8 copies. A CPU without instructions for int8 (VNNI) multiplies them as float32,
     and takes longer than with float16.
     """
-    multiplies_int8 = view.device.type != "cpu" or cpu.has("vnni") or view.tokens is None
+    multiplies_int8 = view.device.type != "cpu" or cpu.has_int8() or view.tokens is None
     return "exact-int8" if alpha != 1 and multiplies_int8 and view.is_quantized else "exact"
 
 

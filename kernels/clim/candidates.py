@@ -87,7 +87,7 @@ def _products(queries: Tensor, rows: Tensor) -> Tensor:
     """Dot products of int8 ``queries [Q, D]`` and ``rows [n, D]``, exact except for one rounding to float32, ``[Q, n]``."""
     width = rows.shape[1]
     # Rows of a single number count as contiguous with any strides, and oneDNN reads past their end.
-    if rows.device.type == "cpu" and cpu.has("vnni") and 1 < width <= _INTEGER_WIDTH:
+    if rows.device.type == "cpu" and cpu.has_int8() and 1 < width <= _INTEGER_WIDTH:
         return torch._int_mm(queries.contiguous(), rows.contiguous().T).float()  # pyright: ignore[reportPrivateImportUsage]
     scratch, on_gpu = Scratch(), is_gpu(rows.device)
 

@@ -19,7 +19,7 @@ The float32 products follow ``torch.set_float32_matmul_precision``: anything but
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from threading import get_ident
@@ -35,6 +35,9 @@ from finelip_fast.kernels.threads import LEAST_SHARED_WORK, side_by_side, size_o
 
 # With fewer columns than this, a maximum over an outer axis is not vectorised.
 _BLOCK_QUERIES = 64
+# Maxima over whole groups of this many columns are vectorised, those over what is left are several times as slow. The tokens
+# of a single query are filled up to whole groups if the product is cheap and becomes at most so many times as large.
+_GROUP, _MOST_FILLED = 32, 1.5
 # Elements of a tile for each thread, 1 MiB in float32: the maxima read it from the L2 cache.
 _TILE_ELEMENTS = 1 << 18
 # Similarities are arranged along the items if MKL multiplies and queries times their tokens squared are at most this: with
@@ -46,6 +49,9 @@ _PRODUCT_ELEMENTS = 1 << 21
 # Elements of the items of a product: large enough that threads do not wait for the interpreter, which they share, and small
 # enough that copies of the items in another dtype are still in the cache when they are multiplied.
 _BLOCK_ELEMENTS = 1 << 21
+# With a few queries, a block in int8 is multiplied in so many products, which copy what they need, and reduced in larger
+# tiles: otherwise, with products as fast as these, threads wait for the interpreter.
+_INT8_PRODUCTS, _INT8_TILE_ELEMENTS = 8, 1 << 19
 # Elements of items that can be copied in the time it takes to begin another block.
 _FEW_ELEMENTS = 1 << 20
 # Smaller blocks of items are padded to this number of elements, unless that is already enough work to share.
@@ -83,17 +89,22 @@ def scores(
         return result
     if query_tokens == item_tokens == 1 and query_scales is None:
         return _scores_of_single_rows(queries, items, alpha)
-    has_special_products = cpu.prefers_onednn() if query_scales is None else cpu.has("vnni")
+    has_special_products = cpu.prefers_onednn() if query_scales is None else cpu.has_int8()
     if n_queries < _BLOCK_QUERIES and n_queries * query_tokens**2 <= _ALONG_WORK and not has_special_products:
         return _scores_along_items(queries, items, alpha, query_scales, item_scales)
-    per_pair = query_tokens * item_tokens
+    is_cheap = rounded or (query_scales is not None and has_special_products)
+    filled = _filled(query_tokens) if is_cheap and n_queries == 1 else query_tokens
+    per_pair = filled * item_tokens
     block_queries = max(1, min(_BLOCK_QUERIES, n_queries, _PRODUCT_ELEMENTS // per_pair))
-    blocks = _blocks(n_items, item_tokens, block_queries * query_tokens, width)
+    products, tile_elements = 1, _TILE_ELEMENTS
+    if query_scales is not None and n_queries < _BLOCK_QUERIES:
+        products, tile_elements = _INT8_PRODUCTS, _INT8_TILE_ELEMENTS
+    blocks = _blocks(n_items, item_tokens, block_queries * filled, width, products)
     scratch = Scratch()
 
     def block_scores(block: _Block, columns: _Columns) -> Tensor:
         rows, scales = block.of(items), None if item_scales is None else block.of(item_scales)
-        tile_items = max(1, torch.get_num_threads() * _TILE_ELEMENTS // (block_queries * per_pair))
+        tile_items = max(1, torch.get_num_threads() * tile_elements // (block_queries * per_pair))
         tiles = _tiles(rows, scales, columns, tile_items * item_tokens, rounded, scratch)
         fine = _fine(tiles, len(rows), item_tokens, columns, tile_items, scratch)
         cosine = _anchors(rows, scales) @ columns.anchors
@@ -102,7 +113,7 @@ def scores(
     with torch.no_grad():
         for query_block in _slices(n_queries, block_queries):
             some_scales = None if query_scales is None else query_scales[query_block]
-            columns = _columns(queries[query_block], some_scales, reused=len(blocks) > 1)
+            columns = _columns(queries[query_block], some_scales, filled, reused=len(blocks) > 1)
             for block, part in zip(blocks, side_by_side(partial(block_scores, columns=columns), blocks), strict=True):
                 result[query_block, block.start : block.stop] = part[:, : block.stop - block.start]
     return result
@@ -157,14 +168,13 @@ class _Block(NamedTuple):
         return F.pad(block, (*[0, 0] * (block.ndim - 1), 0, padding)) if padding else block
 
 
-def _blocks(n_items: int, item_tokens: int, columns: int, width: int) -> list[_Block]:
+def _blocks(n_items: int, item_tokens: int, columns: int, width: int, products: int = 1) -> list[_Block]:
     """Blocks of items that one thread scores at once, or all threads if there is too little work to share.
 
     A size below the largest is a power of two, or 1.5 times one if items are padded, so that a growing collection has few
     sizes: oneDNN keeps what it prepares for each (:func:`finelip_fast.kernels.cpu.filled_rows`).
     """
-    rows = min(_BLOCK_ELEMENTS // width, _PRODUCT_ELEMENTS // columns)
-    largest = max(1, rows // item_tokens)
+    largest = max(1, products * _rows_at_once(columns, width) // item_tokens)
     least = -(-LEAST_SHARED_WORK // (item_tokens * columns * width))
     shared = max(_power_of_two(2 * least - 1), _power_of_two(n_items // torch.get_num_threads() or 1))
     size = min(largest, shared)
@@ -179,6 +189,11 @@ def _blocks(n_items: int, item_tokens: int, columns: int, width: int) -> list[_B
         blocks.append(_Block(start, start + rest, -(-rest // half) * half))
         start += rest
     return blocks
+
+
+def _rows_at_once(columns: int, width: int) -> int:
+    """Number of rows of a product."""
+    return min(_BLOCK_ELEMENTS // width, _PRODUCT_ELEMENTS // columns)
 
 
 def _power_of_two(number: int) -> int:
@@ -200,6 +215,12 @@ def _scores_of_single_rows(queries: Tensor, items: Tensor, alpha: float) -> Tens
         return alpha * cosines + (1 - alpha) * 2 * F.leaky_relu(cosines, LEAKY_SLOPE)
 
 
+def _filled(tokens: int) -> int:
+    """Number of tokens that a query is filled up to."""
+    filled = -(-tokens // _GROUP) * _GROUP
+    return filled if filled <= _MOST_FILLED * tokens else tokens
+
+
 def _slices(total: int, size: int) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, total, size))
 
@@ -209,7 +230,7 @@ class _Columns:
     """A block of ``q`` queries, the right-hand side of products.
 
     Attributes:
-        tokens: ``[w, D]``, ``w = q * L_q``, contiguous.
+        tokens: ``[w, D]``, ``w = q * L``, contiguous. Of the ``L`` tokens of a query, those after ``L_q`` repeat row 0.
         scales: ``[1, w]`` for int8.
         anchors: Row 0 of each query, float32 ``[D, q]``.
         shape: ``(q, L_q)``.
@@ -224,10 +245,21 @@ class _Columns:
     token_major: bool
     reused: bool
 
+    @property
+    def filled(self) -> int:
+        """Number of tokens of a query, ``L``."""
+        return len(self.tokens) // self.shape[0]
+
     @cached_property
     def transposed(self) -> Tensor:
         """``[D, w]``, contiguous; a clone, because with ``D = 1`` any strides count as contiguous."""
         return self.tokens.T.clone(memory_format=torch.contiguous_format)
+
+    @cached_property
+    def int8_product(self) -> Callable[[Tensor], Tensor]:
+        """Function from int8 rows ``[m, D]`` to their scaled products with the columns, float32 ``[m, w]``."""
+        assert self.scales is not None
+        return cpu.scaled_int8(self.tokens, self.scales[0])
 
     @cached_property
     def wide(self) -> Tensor:
@@ -249,10 +281,13 @@ class _Columns:
         return cpu.packed(tokens) if self.reused else tokens
 
 
-def _columns(block: Tensor, scales: Tensor | None, *, reused: bool) -> _Columns:
+def _columns(block: Tensor, scales: Tensor | None, filled: int, *, reused: bool) -> _Columns:
     n_queries, tokens, width = block.shape
     token_major = n_queries >= _BLOCK_QUERIES
     anchors = _anchors(block, scales).T
+    if filled > tokens:  # a copy of row 0 changes no maximum over the tokens
+        order = [*range(tokens), *[0] * (filled - tokens)]
+        block, scales = block[:, order], None if scales is None else scales[:, order]
     # A reshape of rows with gaps, such as row 0 of each set, is a view, on which oneDNN takes hundreds of times as long.
     arranged = (block.transpose(0, 1) if token_major else block).reshape(-1, width).contiguous()
     if scales is not None:
@@ -287,7 +322,7 @@ def _fine(
     if columns.token_major:
         sides, token_axis = (query_tokens, n_queries), 2
     else:
-        sides, token_axis = (n_queries, query_tokens), 3
+        sides, token_axis = (n_queries, columns.filled), 3
     over_queries = scratch("over queries", (n_items, item_tokens, n_queries))
     over_items = scratch("over items", (n_items, *sides))
     for first, tile in zip(range(0, n_items, tile_items), tiles, strict=True):
@@ -295,6 +330,7 @@ def _fine(
         torch.amax(similarity, dim=token_axis, out=over_queries[first : first + tile_items])
         torch.amax(similarity, dim=1, out=over_items[first : first + tile_items])
     over_queries = F.leaky_relu_(over_queries, LEAKY_SLOPE).mean(dim=1)
+    over_items = over_items.narrow(token_axis - 1, 0, query_tokens)
     return over_queries + F.leaky_relu_(over_items, LEAKY_SLOPE).mean(dim=token_axis - 1)
 
 
@@ -366,10 +402,14 @@ def rounding_error(dtype: torch.dtype) -> float | None:
 def _int8_tiles(
     rows: Tensor, columns: _Columns, row_scales: Tensor, column_scales: Tensor, height: int, scratch: Scratch
 ) -> Iterator[Tensor]:
-    shape = len(rows), len(columns.tokens)
-    if cpu.has("vnni"):
-        product = torch._int_mm(rows, columns.transposed, out=scratch("integers", shape, torch.int32))  # pyright: ignore[reportPrivateImportUsage]
-    else:  # integers below 2^24 are exact in float32
-        product = torch.mm(scratch("rows", rows.shape).copy_(rows), columns.wide, out=scratch("product", shape))
-    for part, scales in zip(product.split(height), row_scales.split(height), strict=True):
-        yield scratch("scaled", part.shape).copy_(part).mul_(column_scales).mul_(scales)
+    at_once = max(1, _rows_at_once(len(columns.tokens), rows.shape[1]) // height) * height
+    for part, part_scales in zip(rows.split(at_once), row_scales.split(at_once), strict=True):
+        if cpu.has_int8():
+            # oneDNN would read the rows from memory in small pieces, at a fraction of the rate of a copy.
+            product = columns.int8_product(scratch("rows", part.shape, torch.int8).copy_(part))
+        else:  # integers below 2^24 are exact in float32
+            product = scratch("product", (len(part), len(columns.tokens)))
+            torch.mm(scratch("rows", part.shape).copy_(part), columns.wide, out=product)
+            product *= column_scales
+        for tile, scales in zip(product.split(height), part_scales.split(height), strict=True):
+            yield tile.mul_(scales)

@@ -324,7 +324,7 @@ def _unpacked(block: Tensor, bits: int, scratch: Scratch) -> Tensor:
 def _fine(weights: Tensor, codes: Tensor, tokens: int, scratch: Scratch) -> Tensor:
     """``fine`` of a query ``[L_q, k]`` and a block ``[k, L n]``, ``[n]``, in the query's unit."""
     shape = query_tokens, tokens, n_items = len(weights), tokens, codes.shape[1] // tokens
-    dtype = torch.int32 if cpu.has("vnni") else torch.float32  # exact in either
+    dtype = torch.int32 if cpu.has_int8() else torch.float32  # exact in either
     similarity = scratch("product", shape, dtype)
     if dtype == torch.int32:
         torch._int_mm(weights, codes, out=similarity.view(query_tokens, -1))  # pyright: ignore[reportPrivateImportUsage]

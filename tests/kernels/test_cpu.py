@@ -59,6 +59,18 @@ def test_frozen_layers_are_linear_layers(processor, sizes, activation, bias):
         torch.testing.assert_close(actual.float(), expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.skipif(not cpu.has_int8(), reason="needs int8 instructions")
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (7, 1040, 5), (300, 4096, 33)], ids=str)
+def test_products_of_int8_are_exact_until_they_are_rounded(sizes):
+    m, k, n = sizes
+    generator = torch.Generator().manual_seed(0)
+    rows, columns = (torch.randint(-128, 128, (size, k), generator=generator, dtype=torch.int8) for size in (m, n))
+    rows[0], columns[0], columns[-1] = 127, 127, -128  # the largest sums
+    scales = torch.rand(n, generator=generator)
+    expected = (rows.double() @ columns.double().T).float() * scales
+    torch.testing.assert_close(cpu.scaled_int8(columns, scales)(rows), expected, rtol=2e-7, atol=0)
+
+
 def test_a_row_in_int8_is_the_same_in_any_company():
     rows, weight = torch.randn(3, 16), torch.randn(4, 16)
     rows[1] = 0

@@ -29,8 +29,10 @@ def blocks(request):
     changes = {
         "as shipped": {},
         "small": {
-            "_BLOCK_QUERIES": 2,
+            "_BLOCK_QUERIES": 3,
+            "_GROUP": 4,
             "_TILE_ELEMENTS": 100,
+            "_INT8_TILE_ELEMENTS": 200,
             "_PRODUCT_ELEMENTS": 1000,
             "_BLOCK_ELEMENTS": 900,
             "LEAST_SHARED_WORK": 1,
@@ -41,6 +43,8 @@ def blocks(request):
         "smallest": {
             "_BLOCK_QUERIES": 1,
             "_TILE_ELEMENTS": 1,
+            "_INT8_PRODUCTS": 2,
+            "_INT8_TILE_ELEMENTS": 1,
             "_PRODUCT_ELEMENTS": 1,
             "_BLOCK_ELEMENTS": 1,
             "LEAST_SHARED_WORK": 1,
