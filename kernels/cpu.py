@@ -48,6 +48,11 @@ def has_int8() -> bool:
     return has("vnni") and has_onednn()
 
 
+def prepares_int8() -> bool:
+    """Whether :func:`scaled_int8` is fast, which takes AMX: without it, oneDNN falls back to plain loops for signed rows."""
+    return has_int8() and has("amx_tile")
+
+
 def prefers_onednn() -> bool:
     """Whether oneDNN multiplies float32 at least as fast as MKL."""
     return has("avx512") and has_onednn()
@@ -71,7 +76,7 @@ def packed(columns: Tensor) -> Tensor:
 
 
 def scaled_int8(columns: Tensor, scales: Tensor) -> Callable[[Tensor], Tensor]:
-    """Lay out int8 ``columns [n, D]`` with ``scales [n]`` once for many products; needs :func:`has_int8`.
+    """Lay out int8 ``columns [n, D]`` with ``scales [n]`` once for many products; see :func:`prepares_int8`.
 
     Returns:
         A function from contiguous int8 rows ``[R, D]`` to float32 ``rows @ columns.T * scales``: an exact sum, rounded twice.
@@ -141,7 +146,7 @@ def frozen_linear(
 
 def _int8_linear(weight: Tensor, bias: Tensor | None, activation: Activation) -> Callable[[Tensor], Tensor]:
     columns, scales = _rounded(weight)
-    multiply = scaled_int8(columns, scales[:, 0]) if has_int8() else partial(_plain_int8, columns.T, scales.T)
+    multiply = scaled_int8(columns, scales[:, 0]) if prepares_int8() else partial(_plain_int8, columns.T, scales.T)
     offset = weight.new_zeros(len(weight)) if bias is None else bias
 
     def layer(rows: Tensor) -> Tensor:

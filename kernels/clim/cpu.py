@@ -49,8 +49,8 @@ _PRODUCT_ELEMENTS = 1 << 21
 # Elements of the items of a product: large enough that threads do not wait for the interpreter, which they share, and small
 # enough that copies of the items in another dtype are still in the cache when they are multiplied.
 _BLOCK_ELEMENTS = 1 << 21
-# With a few queries, a block in int8 is multiplied in so many products, which copy what they need, and reduced in larger
-# tiles: otherwise, with products as fast as these, threads wait for the interpreter.
+# With AMX and a few queries, a block in int8 is multiplied in so many products, which copy what they need, and reduced in
+# larger tiles: otherwise, with products as fast as these, threads wait for the interpreter.
 _INT8_PRODUCTS, _INT8_TILE_ELEMENTS = 8, 1 << 19
 # Elements of items that can be copied in the time it takes to begin another block.
 _FEW_ELEMENTS = 1 << 20
@@ -92,12 +92,12 @@ def scores(
     has_special_products = cpu.prefers_onednn() if query_scales is None else cpu.has_int8()
     if n_queries < _BLOCK_QUERIES and n_queries * query_tokens**2 <= _ALONG_WORK and not has_special_products:
         return _scores_along_items(queries, items, alpha, query_scales, item_scales)
-    is_cheap = rounded or (query_scales is not None and has_special_products)
-    filled = _filled(query_tokens) if is_cheap and n_queries == 1 else query_tokens
+    is_prepared = query_scales is not None and cpu.prepares_int8()
+    filled = _filled(query_tokens) if n_queries == 1 and (rounded or is_prepared) else query_tokens
     per_pair = filled * item_tokens
     block_queries = max(1, min(_BLOCK_QUERIES, n_queries, _PRODUCT_ELEMENTS // per_pair))
     products, tile_elements = 1, _TILE_ELEMENTS
-    if query_scales is not None and n_queries < _BLOCK_QUERIES:
+    if is_prepared and n_queries < _BLOCK_QUERIES:
         products, tile_elements = _INT8_PRODUCTS, _INT8_TILE_ELEMENTS
     blocks = _blocks(n_items, item_tokens, block_queries * filled, width, products)
     scratch = Scratch()
@@ -306,6 +306,8 @@ def _tiles(
     """Similarities of a block of items, ``[height, w]`` at a time."""
     rows = items.reshape(-1, items.shape[2])
     if scales is not None and columns.scales is not None:
+        if cpu.prepares_int8():
+            return _prepared_int8_tiles(rows, columns, scales.reshape(-1, 1), height, scratch)
         return _int8_tiles(rows, columns, scales.reshape(-1, 1), columns.scales, height, scratch)
     if rounded:
         return _rounded_tiles(rows, columns, height, scratch)
@@ -399,17 +401,24 @@ def rounding_error(dtype: torch.dtype) -> float | None:
     return (1.01 if dtype == torch.bfloat16 else 3.05) * 2.0**-8
 
 
-def _int8_tiles(
-    rows: Tensor, columns: _Columns, row_scales: Tensor, column_scales: Tensor, height: int, scratch: Scratch
+def _prepared_int8_tiles(
+    rows: Tensor, columns: _Columns, row_scales: Tensor, height: int, scratch: Scratch
 ) -> Iterator[Tensor]:
     at_once = max(1, _rows_at_once(len(columns.tokens), rows.shape[1]) // height) * height
     for part, part_scales in zip(rows.split(at_once), row_scales.split(at_once), strict=True):
-        if cpu.has_int8():
-            # oneDNN would read the rows from memory in small pieces, at a fraction of the rate of a copy.
-            product = columns.int8_product(scratch("rows", part.shape, torch.int8).copy_(part))
-        else:  # integers below 2^24 are exact in float32
-            product = scratch("product", (len(part), len(columns.tokens)))
-            torch.mm(scratch("rows", part.shape).copy_(part), columns.wide, out=product)
-            product *= column_scales
+        # oneDNN would read the rows from memory in small pieces, at a fraction of the rate of a copy.
+        product = columns.int8_product(scratch("rows", part.shape, torch.int8).copy_(part))
         for tile, scales in zip(product.split(height), part_scales.split(height), strict=True):
             yield tile.mul_(scales)
+
+
+def _int8_tiles(
+    rows: Tensor, columns: _Columns, row_scales: Tensor, column_scales: Tensor, height: int, scratch: Scratch
+) -> Iterator[Tensor]:
+    shape = len(rows), len(columns.tokens)
+    if cpu.has_int8():
+        product = torch._int_mm(rows, columns.transposed, out=scratch("integers", shape, torch.int32))  # pyright: ignore[reportPrivateImportUsage]
+    else:  # integers below 2^24 are exact in float32
+        product = torch.mm(scratch("rows", rows.shape).copy_(rows), columns.wide, out=scratch("product", shape))
+    for part, scales in zip(product.split(height), row_scales.split(height), strict=True):
+        yield scratch("scaled", part.shape).copy_(part).mul_(column_scales).mul_(scales)

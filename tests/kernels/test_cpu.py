@@ -13,9 +13,12 @@ from hypothesis import strategies as st
 from finelip_fast.kernels import cpu
 
 
-@pytest.fixture(params=["as found", "plain processor"])
+@pytest.fixture(params=["as found", "without matrix instructions", "plain processor"])
 def processor(request, monkeypatch):
-    if request.param == "plain processor":
+    has = cpu.has
+    if request.param == "without matrix instructions":
+        monkeypatch.setattr(cpu, "has", lambda feature: feature != "amx_tile" and has(feature))
+    elif request.param == "plain processor":
         monkeypatch.setattr(cpu, "has", lambda feature: False)
 
 
@@ -59,7 +62,7 @@ def test_frozen_layers_are_linear_layers(processor, sizes, activation, bias):
         torch.testing.assert_close(actual.float(), expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.skipif(not cpu.has_int8(), reason="needs int8 instructions")
+@pytest.mark.skipif(not cpu.prepares_int8(), reason="needs AMX")
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (7, 1040, 5), (300, 4096, 33)], ids=str)
 def test_products_of_int8_are_exact_until_they_are_rounded(sizes):
     m, k, n = sizes

@@ -21,11 +21,20 @@ ALPHAS = [0.0, 0.3, 0.8, 1.0]
 
 @pytest.fixture(
     scope="module",
-    params=["as shipped", "small", "small, by threads", "smallest", "plain processor", "plain and small, by threads"],
+    params=[
+        "as shipped",
+        "small",
+        "small, by threads",
+        "smallest",
+        "without matrix instructions",
+        "plain processor",
+        "plain and small, by threads",
+    ],
 )
 def blocks(request):
     """Block sizes; the small ones put edges between queries, items and tiles, and reach the layout of many queries."""
     name, _, by_threads = request.param.partition(", ")
+    has = cpu.has
     changes = {
         "as shipped": {},
         "small": {
@@ -52,6 +61,7 @@ def blocks(request):
             "_LEAST_ELEMENTS": 1,
             "_ALONG_WORK": 0,
         },
+        "without matrix instructions": {"has": lambda feature: feature != "amx_tile" and has(feature)},
         "plain processor": {"has": lambda feature: False},
         "plain and small": {
             "has": lambda feature: False,
