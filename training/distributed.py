@@ -26,6 +26,10 @@ def process_group(device: torch.device) -> Iterator[tuple[int, int]]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_LONGEST_WAIT)
     try:
         yield dist.get_rank(), dist.get_world_size()
+        if device.type == "cpu":
+            # Gloo's threads may still hold tensors of the last exchange. To release those while the interpreter shuts down
+            # would abort the process; a barrier holds none, and until it is over, the threads have let go.
+            dist.barrier()
     finally:
         dist.destroy_process_group()
 

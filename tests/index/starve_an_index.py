@@ -6,8 +6,10 @@ ours), or the exception. It is a separate process so that its memory can be limi
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import sys
+import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -46,10 +48,19 @@ def look(folder: str, operation: str, query: torch.Tensor) -> bool:
         return index.search(query, 5, mode=operation).items[0][0].id == "7"
 
 
+def settled_pages() -> int:
+    """Pages of the address space without what would become room later: freed memory, and stacks of threads that end."""
+    ctypes.CDLL(None).malloc_trim(0)
+    readings: list[int] = []
+    while len(readings) < 5 or len(set(readings[-5:])) > 1:
+        time.sleep(0.05)
+        readings.append(int(Path("/proc/self/statm").read_text().split()[0]))
+    return readings[-1]
+
+
 def outcome(run: Callable[[], bool], room: int) -> str:
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (room << 20), hard))
+    resource.setrlimit(resource.RLIMIT_AS, (settled_pages() * resource.getpagesize() + (room << 20), hard))
     try:
         return "right" if run() else "wrong"
     except FineLIPError:
